@@ -1,0 +1,51 @@
+"""The engine seam: an engine continues a context. It knows nothing of threads, formats or text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from plait.types import Chunk, Context, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine was opened; `active`, `queued` and `cached_tokens` are now."""
+
+    active: int = 0
+    """Calls that sample now."""
+    queued: int = 0
+    """Calls that wait for room."""
+    cached_tokens: int = 0
+    """Tokens whose keys and values are held, live or for reuse."""
+    prefill_tokens: int = 0
+    """Tokens computed because they were given, not sampled: what a join or a lost cache costs."""
+    reused_tokens: int = 0
+    """Given tokens that were found in the cache."""
+    decode_tokens: int = 0
+    """Tokens sampled."""
+    steps: int = 0
+    """Forward passes."""
+
+
+class Engine(Protocol):
+    """Continues a context of token ids.
+
+    The contract is checked by `plait.testing.check_engine`. In short: greedy is repeatable and seeds are honoured;
+    a stop or eos id ends the output, is included, and is named in the last chunk; `max_tokens` gives exactly so many
+    and `StopReason.LENGTH`; closing the generator frees what it held; a context that does not fit raises
+    `ContextLengthError` before sampling; a context with a `Merge` raises `UnsupportedJoin` unless `supports_merge`.
+    Used as an async context manager; entering starts it, leaving frees everything.
+    """
+
+    name: str
+    max_context: int
+    """Positions one call may use, prompt and completion."""
+    supports_merge: bool
+
+    def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]: ...
+    def stats(self) -> EngineStats: ...
+    async def __aenter__(self) -> Engine: ...
+    async def __aexit__(self, *exc: object) -> None: ...
+    async def aclose(self) -> None: ...

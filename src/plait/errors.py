@@ -1,0 +1,101 @@
+"""Every error Plait raises on purpose.
+
+    PlaitError                                 status  retryable
+    ├── RequestError (ValueError)                400      no       what was asked is not possible
+    │   ├── ContextLengthError                   400      no       the prompt does not fit, found before sampling
+    │   └── UnsupportedJoin                      400      no       this format's join on an engine without it
+    ├── EngineError (RuntimeError)               502      yes      an engine failed
+    │   ├── EngineUnavailable                    503      yes      closed, not started, or a library is missing
+    │   ├── EngineTimeout (TimeoutError)         504      yes
+    │   └── EngineProtocolError                  502      no       an engine broke its contract; names the clause
+    ├── FormatError (ValueError)                  -       no       strict parsing of data; has line and column
+    ├── ModelError (RuntimeError)                500      no       a weight file is missing, corrupt or of another kind
+    └── TreeError (RuntimeError)                 500      no       a log or tree contradicts itself
+
+To add one: subclass the nearest class here, also the standard exception it specialises, keep `__init__` to one
+message (so that it pickles), set `status` and `retryable`. What a model writes never raises: it is a `StopReason`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+
+class PlaitError(Exception):
+    """Base of every error that Plait raises on purpose."""
+
+    status = 500
+    retryable = False
+
+
+class RequestError(PlaitError, ValueError):
+    """What was asked is not possible; the message says what is."""
+
+    status = 400
+
+
+class ContextLengthError(RequestError):
+    """The prompt does not fit into the engine's context; found before anything is sampled."""
+
+
+class UnsupportedJoin(RequestError):
+    """This format joins in a way that this engine cannot; found before anything is sampled."""
+
+
+class EngineError(PlaitError, RuntimeError):
+    """An engine failed while it worked."""
+
+    status = 502
+    retryable = True
+
+
+class EngineUnavailable(EngineError):
+    """An engine is closed, or a library it needs is not installed."""
+
+    status = 503
+
+
+class EngineTimeout(EngineError, TimeoutError):
+    """An engine took too long."""
+
+    status = 504
+
+
+class EngineProtocolError(EngineError):
+    """An engine broke its contract; the message names the clause."""
+
+    retryable = False
+
+
+class FormatError(PlaitError, ValueError):
+    """Text does not follow its format; the message starts with `line L, column C`."""
+
+    status = 400
+
+
+class ModelError(PlaitError, RuntimeError):
+    """A weight file is missing, corrupt, or of a kind that was not asked for."""
+
+
+class TreeError(PlaitError, RuntimeError):
+    """A log or tree contradicts itself."""
+
+
+@contextmanager
+def boundary(what: str) -> Iterator[None]:
+    """Turn any failure inside into an `EngineError` that names the edge it crossed."""
+    try:
+        yield
+    except PlaitError:
+        raise
+    except Exception as exc:
+        raise EngineError(f"{what} failed: {type(exc).__name__}: {exc}") from exc
+
+
+def nearest(given: str, allowed: list[str], what: str) -> RequestError:
+    """A `RequestError` for an unknown name: what was given, the nearest valid name, all valid names."""
+    close = get_close_matches(given, allowed, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return RequestError(f"unknown {what} {given!r}{hint} (known: {', '.join(sorted(allowed))})")

@@ -1,0 +1,55 @@
+"""Trajectory formats by name. Each is one file; adding one: write the file, add its line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from plait.errors import nearest
+from plait.formats.base import Block, Branch, Fork, Join, Malformed, ThreadOutcome, Trajectory, TrajectoryFormat
+from plait.formats.render import render
+from plait.tokenizer import Tokenizer
+
+_WHERE = {
+    "sequential": ("plait.formats.sequential", "Sequential"),
+    "threadweaver": ("plait.formats.threadweaver", "ThreadWeaver"),
+    "multiverse": ("plait.formats.multiverse", "Multiverse"),
+}
+FORMATS = tuple(_WHERE)
+
+
+def format_class(name: str) -> type[Any]:
+    """The class of a format.
+
+    Raises:
+        RequestError: No format has this name.
+    """
+    if name not in _WHERE:
+        raise nearest(name, list(_WHERE), "format")
+    module, cls = _WHERE[name]
+    return getattr(import_module(module), cls)
+
+
+def open_format(name: str, tokenizer: Tokenizer, **options: Any) -> TrajectoryFormat:
+    """A format over a vocabulary.
+
+    Raises:
+        RequestError: No format has this name, or the vocabulary lacks a control token it needs.
+    """
+    return format_class(name)(tokenizer, **options)
+
+
+__all__ = [
+    "FORMATS",
+    "Block",
+    "Branch",
+    "Fork",
+    "Join",
+    "Malformed",
+    "ThreadOutcome",
+    "Trajectory",
+    "TrajectoryFormat",
+    "format_class",
+    "open_format",
+    "render",
+]

@@ -1,0 +1,51 @@
+"""Multiverse's format (Yang et al. 2025, arXiv:2506.09991): a flat fork, joined by keys and values.
+
+    <Parallel><Goal><Outline>1: plan</Outline><Outline>2: plan</Outline></Goal>
+    <Path>1: what path 1 wrote</Path><Path>2: what path 2 wrote</Path>
+    <Conclusion>what follows from both</Conclusion></Parallel>
+
+(one line; broken here to be read). Every path starts right after `</Goal>`, at the same position, and does not see
+its siblings; the conclusion sees all of them and its positions go on from the longest. The runtime writes each path's
+header up to the colon, and `<Conclusion>`; the model writes the rest. The published engine also nests blocks; here a
+block inside a path is plain text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from plait.formats.base import Join, ThreadOutcome, ids
+from plait.formats.tagged import TaggedFormat
+from plait.tokenizer import Tokenizer
+from plait.types import JoinKind
+
+
+class Multiverse(TaggedFormat):
+    """Goal, paths, conclusion; merge join."""
+
+    name: ClassVar[str] = "multiverse"
+    paper: ClassVar[str] = "arXiv:2506.09991"
+    join_kind: ClassVar[JoinKind] = "merge"
+    outlines: ClassVar[str] = "Goal"
+    thread: ClassVar[str] = "Path"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self._conclusion = ids(tokenizer, "<Conclusion>")
+
+    def header_text(self, number: str) -> str:
+        return f"<Path>{number}:"
+
+    def join(self, threads: Sequence[ThreadOutcome]) -> Join:
+        return Join(forced_ids=self._conclusion)
+
+    def open_text(self, labels: Sequence[str]) -> str:
+        outlines = "".join(f"<Outline>{i}: {label}</Outline>" for i, label in enumerate(labels, 1))
+        return f"<Parallel><Goal>{outlines}</Goal>"
+
+    def thread_text(self, body: str) -> str:
+        return f" {body}</Path>"
+
+    def close_text(self, conclusion: str) -> str:
+        return f"{conclusion}</Conclusion></Parallel>"

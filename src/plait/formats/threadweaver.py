@@ -1,0 +1,74 @@
+"""ThreadWeaver's format on the wire (Lian et al. 2025, arXiv:2512.07843): a flat fork, joined by reading again.
+
+    <Parallel>
+    <Outlines>
+    <Outline>1: plan</Outline>
+    <Outline>2: plan</Outline>
+    </Outlines>
+    <Thread>
+    1: what thread 1 wrote
+    </Thread><Thread>
+    2: what thread 2 wrote
+    </Thread>
+    </Parallel>
+
+The runtime writes each header up to the colon, glues the threads, and writes one newline after the last; the model
+writes everything else, `</Parallel>` included. A thread is generated after a header with a leading newline; at the
+join only the first keeps it. Format and behaviour are described from the published paper and observed behaviour;
+no code of the released implementation is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from plait.formats.base import Join, ThreadOutcome, ids
+from plait.formats.tagged import TaggedFormat
+from plait.tokenizer import Tokenizer
+from plait.types import JoinKind
+
+
+class ThreadWeaver(TaggedFormat):
+    """Outlines, glued threads, concat join.
+
+    Args:
+        conclusion: True for the older form with a conclusion: the runtime opens `<Conclusion>` after the join and the
+            model writes the conclusion, `</Conclusion>` and `</Parallel>`.
+    """
+
+    name: ClassVar[str] = "threadweaver"
+    paper: ClassVar[str] = "arXiv:2512.07843"
+    join_kind: ClassVar[JoinKind] = "concat"
+    outlines: ClassVar[str] = "Outlines"
+    thread: ClassVar[str] = "Thread"
+
+    def __init__(self, tokenizer: Tokenizer, *, conclusion: bool = False) -> None:
+        super().__init__(tokenizer)
+        self.conclusion = conclusion
+        self._newline = ids(tokenizer, "\n")
+        self._after = ids(tokenizer, "\n<Conclusion>\n" if conclusion else "\n")
+
+    def header_text(self, number: str) -> str:
+        return f"\n<Thread>\n{number}:"
+
+    def closer_text(self) -> str:
+        return "\n</Thread>"
+
+    def join(self, threads: Sequence[ThreadOutcome]) -> Join:
+        text: list[int] = []
+        for i, thread in enumerate(threads):
+            header = thread.header_ids
+            text += header if i == 0 else header[len(self._newline) :]
+            text += (id for id in thread.token_ids if id not in self._eos)
+        return Join(forced_ids=(*text, *self._after))
+
+    def open_text(self, labels: Sequence[str]) -> str:
+        lines = "".join(f"<Outline>{i}: {label}</Outline>\n" for i, label in enumerate(labels, 1))
+        return f"<Parallel>\n<Outlines>\n{lines}</Outlines>"
+
+    def thread_text(self, body: str) -> str:
+        return f" {body}\n</Thread>"
+
+    def close_text(self, conclusion: str) -> str:
+        return f"{conclusion}\n</Conclusion>\n</Parallel>" if self.conclusion else f"</Parallel>{conclusion}"

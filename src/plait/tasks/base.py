@@ -1,0 +1,63 @@
+"""A family of problems: generate, ask, solve in gold traces, grade. Knows nothing of engines, formats or token ids.
+
+Every problem has one canonical prompt, an exact grader, and two gold solutions of the same work: `serial` on one
+line, and `parallel` with blocks of threads. Forking is right where the parallel one has the shorter critical path
+by a stated margin (`FORK_MARGIN`), counted on what the prompt shows (digit counts), so that it can be decided there.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from plait.formats.base import Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One question with its exact answer."""
+
+    family: str
+    prompt: str
+    """Canonical text, as a model reads it: `347*526?`."""
+    question: str
+    """The same in plain words: `What is 347 * 526?`."""
+    answer: str
+    """As a model should write it after `Answer: `; where several are right, one of them."""
+    forks: bool
+    """Whether forking is the right decision."""
+    shape: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The difficulty knobs this problem was drawn with, and its costs in tokens."""
+
+
+class Family(Protocol):
+    """One family of problems."""
+
+    name: str
+    about: str
+    """One line: the range that is trained and what a question looks like."""
+
+    def sample(self, rng: random.Random) -> Problem:
+        """Draw a problem from the advertised range, train and held-out alike."""
+        ...
+
+    def parse(self, text: str) -> Problem | None:
+        """The problem that a canonical or natural question asks; None where it is not of this family.
+
+        Raises:
+            RequestError: It is of this family but outside the trained range; the message says what the range is.
+        """
+        ...
+
+    def grade(self, problem: Problem, answer: str) -> bool:
+        """Whether an answer is right; any valid one where several are."""
+        ...
+
+    def serial(self, problem: Problem) -> Trajectory:
+        """The gold solution on one line."""
+        ...
+
+    def parallel(self, problem: Problem) -> Trajectory:
+        """The gold solution with blocks of threads."""
+        ...

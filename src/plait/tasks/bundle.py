@@ -1,0 +1,82 @@
+"""Several unrelated questions in one prompt: a thread for each where they are long, in line where they are short."""
+
+from __future__ import annotations
+
+import random
+
+from plait.errors import RequestError
+from plait.formats.base import Block, Trajectory
+from plait.tasks.base import Problem
+from plait.tasks.notation import parse_expression
+from plait.tasks.terms import Term, as_term, number
+from plait.tasks.worked import answer, block_cost, worth
+
+
+class Bundle:
+    name = "bundle"
+    about = (
+        "2 to 4 questions at once, each a product of up to 4 x 2 or 3 x 3 digits, a sum of two numbers of up to 4 digits or a "
+        "bracketed sum of two times a number: What is 347 * 52, 88 + 977 and (12 + 7) * 34?"
+    )
+
+    def sample(self, rng: random.Random) -> Problem:
+        (num_questions,) = rng.choices((2, 3, 4), (15, 25, 60))
+        kind = rng.choices(("long", "mixed", "short"), (76, 8, 16))[0]
+        size = rng.choice(((3, 2), (4, 2), (2, 3), (3, 3)))
+        return self._problem(tuple(self._question(rng, kind, size) for _ in range(num_questions)))
+
+    def _question(self, rng: random.Random, kind: str, size: tuple[int, int]) -> Term:
+        if kind == "mixed":
+            kind = rng.choice(("long", "short"))
+        if kind == "long":
+            num_addends = 2 if rng.random() < 0.08 else 1
+            return Term(tuple(number(rng, size[0]) for _ in range(num_addends)), number(rng, size[1]))
+        if rng.random() < 0.5:
+            return Term(tuple(number(rng, rng.choice((1, 2, 3))) for _ in range(2)), None)
+        return Term((number(rng, rng.choice((1, 2))),), number(rng, 1))
+
+    def _problem(self, questions: tuple[Term, ...]) -> Problem:
+        costs = [q.cost() for q in questions]
+        tail = 1 + sum(q.answer_cost() - 1 for q in questions)
+        serial = sum(costs) + len(costs) - 1 + tail
+        parallel = block_cost([q.label for q in questions], costs) + tail
+        spoken = [q.text.replace("*", " * ").replace("+", " + ") for q in questions]
+        return Problem(
+            family=self.name,
+            prompt=";".join(q.text for q in questions) + "?",
+            question=f"What is {', '.join(spoken[:-1])} and {spoken[-1]}?",
+            answer=";".join(str(q.value) for q in questions),
+            forks=worth(serial, parallel),
+            shape={"questions": len(questions), "serial_cost": serial, "parallel_cost": parallel},
+        )
+
+    def _questions(self, text: str) -> list[Term | None]:
+        return [as_term(parse_expression(q)) for q in text.rstrip("?").split(";")]
+
+    def parse(self, text: str) -> Problem | None:
+        if ";" not in text:
+            return None
+        questions = self._questions(text)
+        known = [q for q in questions if q is not None]
+        inside = (
+            len(known) == len(questions) <= 4
+            and all(len(q.addends) <= 2 and all(2 <= n <= 9999 for n in q.addends) for q in known)
+            and all(q.factor is None or 2 <= q.factor <= 999 for q in known)
+        )
+        if not inside:
+            raise RequestError(f"{text} is outside the trained range: {self.about}")
+        return self._problem(tuple(known))
+
+    def grade(self, problem: Problem, answer: str) -> bool:
+        return answer == problem.answer
+
+    def _known(self, problem: Problem) -> list[Term]:
+        return [q for q in self._questions(problem.prompt) if q is not None]
+
+    def serial(self, problem: Problem) -> Trajectory:
+        return (";".join(q.work() for q in self._known(problem)), *answer(problem.answer))
+
+    def parallel(self, problem: Problem) -> Trajectory:
+        questions = self._known(problem)
+        block = Block(outlines=tuple(q.label for q in questions), threads=tuple((q.work(),) for q in questions))
+        return (block, *answer(problem.answer))

@@ -1,0 +1,168 @@
+"""Countdown: combine all numbers with + - * / to make a target. Threads are the choices of the first pair.
+
+Sized to what trains on a CPU: two or three numbers, every intermediate result from 1 to 99. A thread tries every
+operation on its pair, then every operation of the result with the number left, and stops at the first success. The
+gold search is exhaustive, so `none` is a proof.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from itertools import combinations
+
+from plait.errors import RequestError
+from plait.formats.base import Block, Trajectory
+from plait.tasks.base import Problem
+from plait.tasks.worked import answer
+
+MAX_NUMBER, MAX_TARGET = 25, 99
+_EQUATION = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
+
+
+class Countdown:
+    name = "countdown"
+    about = (
+        f"two or three numbers up to {MAX_NUMBER} and a target up to {MAX_TARGET}, all numbers used once, results from "
+        f"1 to {MAX_TARGET}: Use 3, 7 and 25 to make 54"
+    )
+
+    def sample(self, rng: random.Random) -> Problem:
+        (count,) = rng.choices((2, 3), (15, 85))
+        numbers = tuple(sorted((rng.randint(2, MAX_NUMBER) for _ in range(count)), reverse=True))
+        if count == 2 and rng.random() < 0.5:
+            target = rng.choice([value for value, _ in _all(numbers)])
+        else:
+            target = rng.randint(1, MAX_TARGET)
+        return self._problem(numbers, target)
+
+    def _problem(self, numbers: tuple[int, ...], target: int) -> Problem:
+        spoken = f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+        solution = next((text for value, text in _all(numbers) if value == target), "none")
+        return Problem(
+            family=self.name,
+            prompt=f"{','.join(map(str, numbers))}>{target}?",
+            question=f"Use {spoken} to make {target}",
+            answer=solution,
+            forks=len(numbers) == 3,
+            shape={"numbers": len(numbers), "solvable": solution != "none"},
+        )
+
+    def parse(self, text: str) -> Problem | None:
+        if ">" not in text:
+            return None
+        left, right = text.rstrip("?").split(">")
+        numbers = tuple(sorted(map(int, left.split(",")), reverse=True))
+        target = int(right)
+        inside = 2 <= len(numbers) <= 3 and all(2 <= n <= MAX_NUMBER for n in numbers) and 1 <= target <= MAX_TARGET
+        if not inside:
+            raise RequestError(
+                f"using {', '.join(map(str, numbers))} to make {target} is outside the trained range: {self.about}"
+            )
+        return self._problem(numbers, target)
+
+    def grade(self, problem: Problem, answer: str) -> bool:
+        """Whether the equations are right, use every number once, and end at the target; `none` only where true."""
+        if answer == "none" or problem.answer == "none":
+            return answer == problem.answer
+        left, right = problem.prompt.rstrip("?").split(">")
+        pool = sorted(map(int, left.split(",")))
+        value = None
+        for equation in answer.split(","):
+            match = _EQUATION.fullmatch(equation)
+            if match is None:
+                return False
+            a, sign, b, value = int(match[1]), match[2], int(match[3]), int(match[4])
+            if a in pool:
+                pool.remove(a)
+            else:
+                return False
+            if b not in pool or _apply(a, sign, b) != value:
+                return False
+            pool.remove(b)
+            pool.append(value)
+        return value == int(right) and pool == [value]
+
+    def _threads(self, problem: Problem) -> tuple[list[str], list[str]]:
+        left, right = problem.prompt.rstrip("?").split(">")
+        numbers, target = tuple(map(int, left.split(","))), int(right)
+        labels, threads = [], []
+        for pair in _pairs(numbers):
+            rest = _without(numbers, pair)
+            labels.append(",".join(map(str, rest)))
+            threads.append(_search(pair, rest, target))
+        return labels, threads
+
+    def serial(self, problem: Problem) -> Trajectory:
+        _, threads = self._threads(problem)
+        found = next((i for i, t in enumerate(threads) if t.endswith("!")), len(threads) - 1)
+        return (";".join(threads[: found + 1]), *answer(problem.answer))
+
+    def parallel(self, problem: Problem) -> Trajectory:
+        labels, threads = self._threads(problem)
+        block = Block(outlines=tuple(labels), threads=tuple((t,) for t in threads))
+        return (block, *answer(problem.answer))
+
+
+def _apply(a: int, sign: str, b: int) -> int | None:
+    """The result, None where the rules forbid it: 1 to 99, exact division, nothing times or over 1."""
+    if sign == "+":
+        value = a + b
+    elif sign == "-":
+        value = a - b
+    elif b == 1 or a == 1:
+        return None
+    elif sign == "*":
+        value = a * b
+    else:
+        value = a // b if a % b == 0 else 0
+    return value if 1 <= value <= MAX_TARGET else None
+
+
+def _moves(a: int, b: int) -> list[tuple[str, int]]:
+    """Allowed operations on two numbers, larger first."""
+    a, b = max(a, b), min(a, b)
+    values = [(f"{a}{sign}{b}", _apply(a, sign, b)) for sign in "+-*/"]
+    return [(f"{text}={value}", value) for text, value in values if value is not None]
+
+
+def _pairs(numbers: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(numbers[i], numbers[j]) for i, j in combinations(range(len(numbers)), 2)]
+
+
+def _without(numbers: tuple[int, ...], pair: tuple[int, int]) -> list[int]:
+    rest = list(numbers)
+    for n in pair:
+        rest.remove(n)
+    return rest
+
+
+def _all(numbers: tuple[int, ...]) -> list[tuple[int, str]]:
+    """Every value that can be made, with its equations, in the order of the gold search."""
+    out: list[tuple[int, str]] = []
+    for pair in _pairs(numbers):
+        rest = _without(numbers, pair)
+        for text, value in _moves(*pair):
+            if not rest:
+                out.append((value, text))
+            else:
+                out += [(end, f"{text},{last}") for last, end in _moves(value, rest[0])]
+    return out
+
+
+def _search(pair: tuple[int, int], rest: list[int], target: int) -> str:
+    """One thread: every move on the pair, each with every move on what is left; `!` at success, else `none`."""
+    tried: list[str] = []
+    for text, value in _moves(*pair):
+        if not rest:
+            tried.append(text)
+            if value == target:
+                return ",".join(tried) + "!"
+            continue
+        followed: list[str] = []
+        for last, end in _moves(value, rest[0]):
+            followed.append(last)
+            if end == target:
+                return ";".join([*tried, f"{text}:{','.join(followed)}"]) + "!"
+        tried.append(f"{text}:{','.join(followed)}")
+    return (";" if rest else ",").join([*tried, "none"])

@@ -1,0 +1,84 @@
+"""Arithmetic expressions with independent subtrees: sums of products and of bracketed sums times a number."""
+
+from __future__ import annotations
+
+import random
+
+from plait.errors import RequestError
+from plait.formats.base import Block, Trajectory
+from plait.tasks.base import Problem
+from plait.tasks.notation import Sum, parse_expression
+from plait.tasks.terms import Term, as_term, number
+from plait.tasks.worked import answer, answer_cost, block_cost, columns, columns_cost, worth
+
+
+class Expression:
+    name = "expression"
+    about = (
+        "a sum of 2 to 4 terms, each a product of numbers of up to 4 and 2 digits or a bracketed sum of two such "
+        "numbers times one of up to 2 digits: What is 34 * 27 + (58 + 6) * 16 + 9 * 41?"
+    )
+
+    def sample(self, rng: random.Random) -> Problem:
+        (num_terms,) = rng.choices((2, 3, 4), (13, 25, 62))
+        digits = rng.choice(((1, 1, 2), (2,), (2,), (3,), (3,), (4,), (4,)))
+        return self._problem(tuple(self._term(rng, digits) for _ in range(num_terms)))
+
+    def _term(self, rng: random.Random, digits: tuple[int, ...]) -> Term:
+        num_addends = 2 if rng.random() < 0.15 else 1
+        addends = tuple(number(rng, rng.choice(digits)) for _ in range(num_addends))
+        return Term(addends, number(rng, 1 if digits[0] == 1 or rng.random() < 0.05 else 2))
+
+    def _problem(self, terms: tuple[Term, ...]) -> Problem:
+        costs = [t.cost() for t in terms]
+        width = max(t.answer_cost() - 2 for t in terms) + 1
+        tail = columns_cost(width) + answer_cost(width)
+        serial = sum(costs) + len(costs) - 1 + tail
+        parallel = block_cost([t.label for t in terms], costs) + tail
+        return Problem(
+            family=self.name,
+            prompt="+".join(t.text for t in terms) + "?",
+            question=f"What is {' + '.join(t.text.replace('*', ' * ').replace('+', ' + ') for t in terms)}?",
+            answer=str(sum(t.value for t in terms)),
+            forks=worth(serial, parallel),
+            shape={"terms": len(terms), "serial_cost": serial, "parallel_cost": parallel},
+        )
+
+    def _terms(self, text: str) -> list[Term | None]:
+        match parse_expression(text.rstrip("?")):
+            case Sum(terms=parts) if not all(isinstance(p, int) for p in parts):
+                return [as_term(p) for p in parts]
+            case _:
+                return []
+
+    def parse(self, text: str) -> Problem | None:
+        terms = self._terms(text)
+        known = [t for t in terms if t is not None and t.factor is not None]
+        if not terms or len(known) < len(terms):
+            return None
+        inside = 2 <= len(known) <= 4 and all(
+            len(t.addends) <= 2 and all(2 <= n <= 9999 for n in t.addends) and 2 <= (t.factor or 0) <= 99 for t in known
+        )
+        if not inside:
+            raise RequestError(f"{text} is outside the trained range: {self.about}")
+        return self._problem(tuple(known))
+
+    def grade(self, problem: Problem, answer: str) -> bool:
+        return answer == problem.answer
+
+    def _known_terms(self, problem: Problem) -> list[Term]:
+        return [t for t in self._terms(problem.prompt) if t is not None]
+
+    def serial(self, problem: Problem) -> Trajectory:
+        terms = self._known_terms(problem)
+        total = columns([t.value for t in terms])
+        return (";".join([*(t.work() for t in terms), total]), *answer(problem.answer))
+
+    def parallel(self, problem: Problem) -> Trajectory:
+        terms = self._known_terms(problem)
+        block = Block(
+            outlines=tuple(t.label for t in terms),
+            threads=tuple((t.work(),) for t in terms),
+            conclusion=columns([t.value for t in terms]),
+        )
+        return (block, *answer(problem.answer))

@@ -1,0 +1,51 @@
+"""The vocabulary of the models that Plait trains itself: single digits, signs, a few words, and the control tokens.
+
+Digits are ids 0-9. Texts are what `decode` prints. Control tokens of every format are here, so that one vocabulary
+serves all of them; a model knows those it was trained on.
+"""
+
+from __future__ import annotations
+
+from plait.tokenizer import FixedTokenizer
+
+WORDS = (
+    *"0123456789",
+    *"+-*/=()",
+    *",;?:~!>",
+    " ",
+    "\n",
+    ": ",
+    "Sum: ",
+    "none",
+    "\nAnswer: ",
+)
+CONTROL = (
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<think>",
+    "</think>",
+    "<Parallel>",
+    "</Parallel>",
+    "<Outlines>",
+    "</Outlines>",
+    "<Outline>",
+    "</Outline>",
+    "<Thread>",
+    "</Thread>",
+    "<Conclusion>",
+    "</Conclusion>",
+    "<Goal>",
+    "</Goal>",
+    "<Path>",
+    "</Path>",
+)
+SIZE = 64
+"""Ids of the embedding; those without a text are reserved, never sampled by a trained model."""
+
+_RESERVED = tuple(f"<reserved{i}>" for i in range(SIZE - len(WORDS) - len(CONTROL)))
+
+TOKENIZER = FixedTokenizer(
+    (*WORDS, *CONTROL, *_RESERVED), control=(*CONTROL, *_RESERVED), bos="<bos>", eos="<eos>"
+)
+PAD_ID = TOKENIZER.control_id("<pad>")

@@ -1,0 +1,75 @@
+"""Text to token ids and back. Knows nothing of engines and formats.
+
+`encode` never turns a user's text into control ids: only `special=True`, used for what formats and gold
+traces write, does. So a prompt that contains `<Parallel>` is text and forks nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from plait.errors import RequestError
+
+
+class Tokenizer(Protocol):
+    """What formats and tasks need of a tokenizer."""
+
+    eos_ids: tuple[int, ...]
+    bos_ids: tuple[int, ...]
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def control_id(self, text: str) -> int | None:
+        """The id of a control token by its text, None where the vocabulary has none."""
+        ...
+
+
+class FixedTokenizer:
+    """Longest match over a fixed list of strings: the tokenizer of the models that Plait trains itself.
+
+    Args:
+        tokens: Text of every id, in order; texts are distinct.
+        control: Which of them are control tokens; only `encode(special=True)` produces those.
+        bos, eos: Texts of the tokens that open a prompt and end a response.
+    """
+
+    def __init__(self, tokens: Sequence[str], *, control: Sequence[str], bos: str, eos: str) -> None:
+        self.tokens = tuple(tokens)
+        self.control = frozenset(control)
+        self._ids = {text: i for i, text in enumerate(self.tokens)}
+        assert len(self._ids) == len(self.tokens), "two tokens have the same text"
+        self._any = _pattern(self.tokens)
+        self._plain = _pattern(t for t in self.tokens if t not in self.control)
+        self.bos_ids = (self._ids[bos],)
+        self.eos_ids = (self._ids[eos],)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            RequestError: A character is not in the vocabulary.
+        """
+        pieces = (self._any if special else self._plain).findall(text)
+        if sum(map(len, pieces)) != len(text):
+            at = self._first_unknown(text, special)
+            raise RequestError(f"this model's vocabulary has no {text[at]!r} (character {at + 1} of {text[:60]!r})")
+        ids = self._ids
+        return [ids[piece] for piece in pieces]
+
+    def _first_unknown(self, text: str, special: bool) -> int:
+        at = 0
+        while match := (self._any if special else self._plain).match(text, at):
+            at = match.end()
+        return at
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.tokens[i] if 0 <= i < len(self.tokens) else f"<{i}?>" for i in ids)
+
+    def control_id(self, text: str) -> int | None:
+        return self._ids[text] if text in self.control else None
+
+
+def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)))

@@ -1,0 +1,165 @@
+"""The values that flow through a run. Standard library only; knows nothing of engines, formats or text.
+
+A context is what an engine continues: runs of token ids and merges, in order. Almost always it is one
+run; it holds a `Merge` where threads were joined by their keys and values instead of by re-reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+from plait.errors import RequestError
+
+JoinKind: TypeAlias = Literal["none", "concat", "merge", "message"]
+"""How a parent reads its threads: not at all, as text read again, as keys and values, as messages."""
+
+
+class StopReason(StrEnum):
+    """Why a segment ended. How a thread ended is data, never an exception."""
+
+    STOP = "stop"
+    """The model sampled one of the format's stop ids (included in the output)."""
+    EOS = "eos"
+    """The model sampled end-of-sequence (included in the output)."""
+    LENGTH = "length"
+    """`max_tokens` of the call, or the engine's context, was used up."""
+    BUDGET = "budget"
+    """A limit of the request's `Budget` ended it: threads, tokens or the deadline."""
+    MALFORMED = "malformed"
+    """The model wrote control tokens that its format cannot read."""
+    CANCELLED = "cancelled"
+    """A sibling's success or the caller ended it."""
+    FORCED = "forced"
+    """The runtime wrote this segment itself (a missing closing tag); the engine sampled nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Branches computed in isolation, every one starting at the same position.
+
+    What follows attends to the keys and values of all of them; its positions go on from the longest.
+    A merge is followed by at least one forced id: no single token's logits predict what comes next.
+    Source: Multiverse (Yang et al. 2025, arXiv:2506.09991).
+    """
+
+    branches: tuple[Context, ...]
+
+
+Context: TypeAlias = tuple["tuple[int, ...] | Merge", ...]
+
+
+def context_positions(context: Context) -> int:
+    """Count positions: a merge is as long as its longest branch."""
+    return sum(
+        max((context_positions(b) for b in part.branches), default=0) if isinstance(part, Merge) else len(part)
+        for part in context
+    )
+
+
+def context_cells(context: Context) -> int:
+    """Count tokens held in memory: a merge holds every branch."""
+    return sum(
+        sum(context_cells(b) for b in part.branches) if isinstance(part, Merge) else len(part) for part in context
+    )
+
+
+def context_merges(context: Context) -> Iterator[Merge]:
+    """Every merge in a context, outermost first."""
+    for part in context:
+        if isinstance(part, Merge):
+            yield part
+            for branch in part.branches:
+                yield from context_merges(branch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one engine call samples. `temperature=0` is greedy, whatever the other fields say."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    """Sampling one of these ends the call with `StopReason.STOP`; the id is part of the output."""
+    eos_ids: tuple[int, ...] = ()
+    """Sampling one of these ends the call with `StopReason.EOS`; the id is part of the output."""
+    banned_ids: tuple[int, ...] = ()
+    """Never sampled: how a fork is declined when the budget has no thread left."""
+    logprobs: bool = True
+    """False lets an engine report 0.0 for every token and save the softmax."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise RequestError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise RequestError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise RequestError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Some tokens of one engine call, in order. The last chunk of a call, and only it, has `stop`."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Natural log, one for each token, 0 or below."""
+    stop: StopReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Hard limits of one request. `None` means no limit of this kind; the engine's context still holds.
+
+    A limit never fails a run: threads beyond it are not started or are ended, the join goes on with
+    what there is, and the tree says so.
+    """
+
+    max_threads: int | None = 64
+    """Forked threads in the whole run (the root is not counted)."""
+    max_concurrent_threads: int | None = None
+    """Forked threads that sample at once; more wait for a place. The result is the same."""
+    max_threads_per_fork: int | None = 16
+    """A fork that asks for more is malformed: its block is not opened."""
+    max_depth: int | None = 8
+    """How deep threads may nest, as far as the format nests at all. 0 declines every fork."""
+    max_thread_tokens: int | None = None
+    """Sampled tokens of one thread, the threads it forks not counted."""
+    max_tokens: int | None = 4096
+    """Sampled tokens of the whole run, all threads together."""
+    deadline_s: float | None = None
+    """Seconds from the start of the run."""
+
+    def __post_init__(self) -> None:
+        floors = {"max_concurrent_threads": 1, "max_thread_tokens": 1, "max_tokens": 1}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            floor = floors.get(name, 0)
+            if value is not None and value < floor:
+                raise RequestError(f"budget {name} is {value}; it must be None or at least {floor}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and how to continue it."""
+
+    prompt_ids: tuple[int, ...]
+    budget: Budget = Budget()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    """Each segment samples with hash(seed, segment id): the result does not depend on timing."""
+    logprobs: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise RequestError("the prompt is empty; it must hold at least one token id")
