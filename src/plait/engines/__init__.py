@@ -1,0 +1,54 @@
+"""Engines by name, imported when opened. Adding one: write the file, add its line here, run `check_engine` on it."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+from plait.engines.base import Engine, EngineStats
+from plait.errors import EngineUnavailable, nearest
+
+_WHERE = {
+    "scripted": ("plait.engines.scripted", "ScriptedEngine"),
+    "llamacpp": ("plait.engines.llamacpp", "LlamaCppEngine"),
+}
+ENGINES = tuple(_WHERE)
+
+
+def engine_class(name: str) -> type[Any]:
+    """The class of an engine.
+
+    Raises:
+        RequestError: No engine has this name.
+        EngineUnavailable: A library it needs is not installed.
+    """
+    if name not in _WHERE:
+        raise nearest(name, list(_WHERE), "engine")
+    module, cls = _WHERE[name]
+    try:
+        return getattr(import_module(module), cls)
+    except ImportError as exc:
+        raise EngineUnavailable(f"the {name} engine cannot be imported: {exc}") from exc
+
+
+def open_engine(name: str, **options: Any) -> Engine:
+    """An engine, not started: use it as an async context manager.
+
+    Args:
+        name: One of `ENGINES`.
+        options: Keyword arguments of its class.
+
+    Raises:
+        RequestError: No engine has this name, or it has no such option.
+        EngineUnavailable: A library it needs is not installed.
+    """
+    cls = engine_class(name)
+    allowed = [p for p in inspect.signature(cls).parameters if p != "self"]
+    for option in options:
+        if option not in allowed:
+            raise nearest(option, allowed, f"option of the {name} engine")
+    return cls(**options)
+
+
+__all__ = ["ENGINES", "Engine", "EngineStats", "engine_class", "open_engine"]

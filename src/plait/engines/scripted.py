@@ -1,0 +1,212 @@
+"""An engine without a model: what it says is a pure function of context and seed, when it says it is up to you.
+
+For docs, tests and measuring the runtime alone. It knows nothing of formats or text. Three ways to say what it says:
+a pseudo-random model over a vocabulary (the default), a function from a context to ids, or a tree to be replayed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from array import array
+from bisect import bisect_right
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TypeAlias
+from zlib import crc32
+
+import anyio
+import anyio.lowlevel
+
+from plait.engines.base import EngineStats
+from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError, UnsupportedJoin
+from plait.tree import Tree
+from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_merges, context_positions
+
+Script: TypeAlias = Callable[[Context], Sequence[int]]
+Fail: TypeAlias = Callable[[Context, Sequence[int]], Exception | None]
+_WORD = 1 << 32
+
+
+class ScriptedEngine:
+    """Continues contexts by rule, with any timing and failures.
+
+    Without a script it is a pseudo-random language model: the next id is drawn by a hash of all ids before it (and of
+    the seed, when the temperature is not 0), from fixed weights. So it obeys every clause of the engine contract, a
+    merge included: the order of branches does not matter and a merge of one branch is that branch.
+
+    Args:
+        vocab_size: Ids are 0 to `vocab_size - 1`.
+        weights: Relative frequency of some ids; every other id has 1. Give control ids a high one to see many forks.
+        script: What to say: all ids that answer a context (cut at the first stop or eos id, and at `max_tokens`), or
+            a tree, whose sampled ids and logprobs are said again where its contexts are asked for again.
+        chunk_size: Tokens a chunk.
+        delay_s: Seconds a token takes. Under `plait.testing.clock` they cost nothing.
+        timing_seed: Makes chunk sizes (up to `chunk_size`) and the scheduling between chunks pseudo-random.
+        fail: Called before each token with the context and the ids said so far; what it returns is raised.
+        max_context: Positions one call may use.
+        supports_merge: False refuses contexts with a `Merge`.
+    """
+
+    name = "scripted"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 64,
+        weights: Mapping[int, float] | None = None,
+        script: Script | Tree | None = None,
+        chunk_size: int = 1,
+        delay_s: float = 0.0,
+        timing_seed: int | None = None,
+        fail: Fail | None = None,
+        max_context: int = 1 << 20,
+        supports_merge: bool = True,
+    ) -> None:
+        if chunk_size < 1 or vocab_size < 1:
+            raise RequestError(f"chunk_size is {chunk_size} and vocab_size {vocab_size}; both must be at least 1")
+        self.max_context, self.supports_merge = max_context, supports_merge
+        self._weights = [1.0] * vocab_size
+        for id, weight in (weights or {}).items():
+            self._weights[id] = weight
+        self._script = _Replay(script) if isinstance(script, Tree) else script
+        self._chunk_size, self._delay_s, self._fail = chunk_size, delay_s, fail
+        self._timing = None if timing_seed is None else random.Random(timing_seed)
+        self._active = self._calls = self._prefill = self._decoded = 0
+        self._closed = False
+
+    async def __aenter__(self) -> ScriptedEngine:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        self._closed = True
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            active=self._active, prefill_tokens=self._prefill, decode_tokens=self._decoded, steps=self._decoded
+        )
+
+    async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+        self._check(context)
+        length = context_positions(context)
+        room = min(params.max_tokens, self.max_context - length)
+        tokens = self._tokens(context, params)
+        self._active += 1
+        self._prefill += length
+        said: list[int] = []
+        try:
+            stop: StopReason | None = None
+            while stop is None:
+                await self._wait()
+                ids: list[int] = []
+                logprobs: list[float] = []
+                for _ in range(self._size()):
+                    if self._fail is not None and (failure := self._fail(context, said)) is not None:
+                        raise failure
+                    id, logprob = next(tokens)
+                    ids.append(id)
+                    logprobs.append(logprob if params.logprobs else 0.0)
+                    said.append(id)
+                    stop = _stop(id, params, full=len(said) >= room)
+                    if stop is not None:
+                        break
+                if self._delay_s:
+                    await anyio.sleep(self._delay_s * len(ids))
+                self._decoded += len(ids)
+                yield Chunk(token_ids=tuple(ids), logprobs=tuple(logprobs), stop=stop)
+        finally:
+            self._active -= 1
+
+    def _check(self, context: Context) -> None:
+        if self._closed:
+            raise EngineUnavailable("the scripted engine is closed")
+        if not self.supports_merge and any(True for _ in context_merges(context)):
+            raise UnsupportedJoin("this scripted engine was made with supports_merge=False; it takes plain ids only")
+        if not context or isinstance(context[-1], Merge):
+            raise RequestError("a context must end in at least one token id; no logits follow a merge alone")
+        length = context_positions(context)
+        if length >= self.max_context:
+            raise ContextLengthError(f"the context has {length} positions, at most {self.max_context - 1} fit")
+
+    def _size(self) -> int:
+        return self._chunk_size if self._timing is None else self._timing.randint(1, self._chunk_size)
+
+    async def _wait(self) -> None:
+        for _ in range(1 if self._timing is None else self._timing.randrange(4)):
+            await anyio.lowlevel.checkpoint()
+
+    def _tokens(self, context: Context, params: SamplingParams) -> Iterator[tuple[int, float]]:
+        if self._script is None:
+            return self._draw(context, params)
+        said = self._script.said(context) if isinstance(self._script, _Replay) else _flat(self._script(context))
+        return _until_silent(said, context)
+
+    def _draw(self, context: Context, params: SamplingParams) -> Iterator[tuple[int, float]]:
+        weights = self._weights
+        if params.banned_ids:
+            weights = [0.0 if id in params.banned_ids else weight for id, weight in enumerate(weights)]
+        upto = list(accumulate(weights))
+        logprobs = [math.log(weight / upto[-1]) if weight else -math.inf for weight in weights]
+        seed = crc32(repr(params.seed).encode()) if params.temperature else 0
+        state = _fold(context, 0)
+        while True:
+            draw = crc32(seed.to_bytes(4, "little"), state) * 2654435761 % _WORD / _WORD
+            id = bisect_right(upto, draw * upto[-1])
+            yield id, logprobs[id]
+            state = _fold_ids((id,), state)
+
+
+class _Replay:
+    """What a tree's calls sampled, by their contexts. Of two calls with the same context the first is kept."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._said: dict[Context, list[tuple[int, float]]] = {}
+        for segment in tree.segments.values():
+            said = list(zip(segment.sampled_ids, segment.logprobs, strict=True))
+            if said:
+                self._said.setdefault(tree.context(segment.id), said)
+
+    def said(self, context: Context) -> list[tuple[int, float]]:
+        if context not in self._said:
+            raise EngineError(f"the replayed tree has no call with this context ({_tail(context)})")
+        return self._said[context]
+
+
+def _flat(ids: Sequence[int]) -> list[tuple[int, float]]:
+    return [(id, 0.0) for id in ids]
+
+
+def _until_silent(said: Sequence[tuple[int, float]], context: Context) -> Iterator[tuple[int, float]]:
+    yield from said
+    raise EngineError(f"the script says {len(said)} ids and then nothing, without a stop or eos id ({_tail(context)})")
+
+
+def _tail(context: Context) -> str:
+    last = context[-1] if context else ()
+    ids = () if isinstance(last, Merge) else last[-8:]
+    return f"{context_positions(context)} positions, ending in {list(ids)}"
+
+
+def _stop(id: int, params: SamplingParams, *, full: bool) -> StopReason | None:
+    if id in params.stop_ids:
+        return StopReason.STOP
+    if id in params.eos_ids:
+        return StopReason.EOS
+    return StopReason.LENGTH if full else None
+
+
+def _fold(context: Context, state: int) -> int:
+    """A hash of everything attended to. Branches of a merge start alike and are added up: their order is lost."""
+    for part in context:
+        if isinstance(part, Merge):
+            state = sum(_fold(branch, state) for branch in part.branches) % _WORD
+        else:
+            state = _fold_ids(part, state)
+    return state
+
+
+def _fold_ids(ids: Sequence[int], state: int) -> int:
+    return crc32(array("q", ids).tobytes(), state)

@@ -1,0 +1,148 @@
+"""The scripted engine obeys the engine contract, and the contract's tests notice an engine that does not."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+import anyio.lowlevel
+import pytest
+
+from plait.engines.scripted import ScriptedEngine
+from plait.errors import EngineProtocolError
+from plait.testing.conformance import check_engine
+from plait.types import Chunk, Context, SamplingParams, context_positions
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def make(**options: Any) -> ScriptedEngine:
+    return ScriptedEngine(**{"vocab_size": 50, "max_context": 400, **options})
+
+
+async def test_scripted_obeys_every_clause() -> None:
+    variants = [lambda n=n: make(chunk_size=n, timing_seed=n) for n in (1, 3, 100)]
+    checked = await check_engine(make, vocab_size=50, tolerance=0, variants=variants)
+    assert checked == [*(f"C{i}" for i in range(1, 10)), "M2", "M3", "C10"]
+
+
+async def test_scripted_without_merge_refuses_merges() -> None:
+    checked = await check_engine(lambda: make(supports_merge=False), vocab_size=50, tolerance=0)
+    assert checked[-2:] == ["M0", "C10"]
+
+
+class Wrong(ScriptedEngine):
+    """Breaks the clause it is named for."""
+
+    def __init__(self, clause: str) -> None:
+        super().__init__(vocab_size=50, max_context=400, supports_merge=clause != "M0")
+        self.clause, self.calls = clause, 0
+
+    async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+        self.calls += 1
+        match self.clause:
+            case "C1":
+                context = (*context, (self.calls,))
+            case "C1 seeds":
+                params = replace(params, seed=0)
+            case "C2":
+                context = (*context, (params.max_tokens,))
+            case "C3":
+                params = replace(params, max_tokens=params.max_tokens + 1)
+            case "C4":
+                params = replace(params, stop_ids=())
+            case "C4 banned":
+                params = replace(params, banned_ids=())
+            case "C8":
+                self._active += 1
+            case "M2":
+                context = context if len(context) == 1 else (*context, (1,))
+            case _:
+                pass
+        async for chunk in super().generate(context, params):
+            if self.clause == "C6":
+                chunk = replace(chunk, logprobs=tuple(lp - self.calls for lp in chunk.logprobs))
+            if self.clause == "C6 sign":
+                chunk = replace(chunk, logprobs=tuple(-lp for lp in chunk.logprobs))
+            yield chunk
+
+    def _check(self, context: Context) -> None:
+        match self.clause:
+            case "C9":
+                return
+            case "C10":
+                self._closed = False
+            case "M0" if context_positions(context) < self.max_context:
+                return
+            case _:
+                pass
+        super()._check(context)
+
+
+@pytest.mark.parametrize(
+    "clause", ["C1", "C1 seeds", "C2", "C3", "C4", "C4 banned", "C6", "C6 sign", "C8", "C9", "C10", "M0", "M2"]
+)
+async def test_an_engine_that_breaks_a_clause_is_told_which(clause: str) -> None:
+    with pytest.raises(EngineProtocolError) as info:
+        await check_engine(lambda: Wrong(clause), vocab_size=50, tolerance=0)
+    name = clause.split()[0]
+    # a shift of every logprob is already seen as a difference between two calls
+    assert str(info.value).startswith((f"{name} ",) if name != "C6" else ("C1 ", "C6 ")), info.value
+
+
+async def test_a_concurrency_bug_is_found() -> None:
+    class Mixed(ScriptedEngine):
+        async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+            async for chunk in super().generate(context, params):
+                others = self.stats().active > 1
+                yield replace(chunk, token_ids=tuple((id + others) % 50 for id in chunk.token_ids))
+
+    with pytest.raises(EngineProtocolError, match=r"^C7 "):
+        await check_engine(lambda: Mixed(vocab_size=50, max_context=400), vocab_size=50, tolerance=0)
+
+
+async def test_a_merge_that_sees_the_order_is_found() -> None:
+    class Ordered(ScriptedEngine):
+        async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+            flat = _flatten(context)
+            async for chunk in super().generate((flat,), params):
+                yield chunk
+
+    def _flatten(context: Context) -> tuple[int, ...]:
+        return tuple(
+            id
+            for part in context
+            for id in (part if isinstance(part, tuple) else (i for b in part.branches for i in _flatten(b)))
+        )
+
+    with pytest.raises(EngineProtocolError, match=r"^M3 "):
+        await check_engine(lambda: Ordered(vocab_size=50, max_context=400), vocab_size=50, tolerance=0)
+
+
+async def test_merge_is_held_to_a_reference() -> None:
+    def wrong(context: Context) -> list[float]:
+        return [-1.0] * 50
+
+    with pytest.raises(EngineProtocolError, match=r"^C6 "):
+        await check_engine(make, vocab_size=50, reference=wrong)
+    with pytest.raises(EngineProtocolError, match=r"^M1 "):
+        await check_engine(make, vocab_size=50, reference=wrong, skip=["C6"])
+
+
+async def test_rounding_within_the_tolerance_is_no_failure() -> None:
+    class Rounded(ScriptedEngine):
+        async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+            async for chunk in super().generate(context, params):
+                await anyio.lowlevel.checkpoint()
+                shift = self._decoded % 7 * 1e-6
+                yield replace(chunk, logprobs=tuple(lp - shift for lp in chunk.logprobs))
+
+    await check_engine(lambda: Rounded(vocab_size=50, max_context=400), vocab_size=50, tolerance=1e-4)
+    with pytest.raises(EngineProtocolError):
+        await check_engine(lambda: Rounded(vocab_size=50, max_context=400), vocab_size=50, tolerance=1e-7)
