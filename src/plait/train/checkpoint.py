@@ -1,0 +1,105 @@
+"""Run folders on disk: checkpoints to go on from, and exports that other tools load.
+
+A checkpoint records the trajectory format that its weights were trained in. The join is part of the function a model
+computes, so loading weights under another format is refused instead of giving wrong answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from plait.errors import ModelError
+from plait.formats import format_class
+from plait.tokenizer import FixedTokenizer
+from plait.train.gguf import write_gguf
+from plait.train.model import Decoder, ModelConfig, hf_config, to_hf
+
+SCHEMA = 1
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint; a reader finds the old one or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        torch.save({"schema": SCHEMA, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load(path: Path, *, format: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Args:
+        path: What `save` wrote.
+        format: The format to use the weights in; None for any.
+
+    Raises:
+        ModelError: The file is missing, corrupt, of another schema, or trained in another format.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        schema, trained = state["schema"], state["config"]["data"]["format"]
+    except Exception as exc:
+        raise ModelError(f"{path} is not a readable checkpoint: {type(exc).__name__}: {exc}") from exc
+    if schema != SCHEMA:
+        raise ModelError(f"{path} has checkpoint schema {schema}; this Plait reads {SCHEMA}")
+    if format is not None and format != trained:
+        raise ModelError(f"{path} was trained in the {trained} format; it gives wrong answers in {format}")
+    return state
+
+
+def load_model(path: Path, *, format: str | None = None) -> Decoder:
+    """The weights of a checkpoint as a model.
+
+    Raises:
+        ModelError: As `load`, or the weights do not fit the recorded sizes.
+    """
+    state = load(path, format=format)
+    model = Decoder(ModelConfig(**state["config"]["model"]))
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as exc:
+        raise ModelError(f"the weights of {path} do not fit its config: {exc}") from exc
+    return model
+
+
+def description(config: Mapping[str, Any], *, scores: Mapping[str, Any], tokenizer: FixedTokenizer) -> dict[str, Any]:
+    """What travels with the weights under `plait.config`: how to read them and where they come from."""
+    format = config["data"]["format"]
+    return {
+        "schema": SCHEMA,
+        "format": format,
+        "join": format_class(format).join_kind,
+        "tokenizer": {
+            "tokens": list(tokenizer.tokens),
+            "control": sorted(tokenizer.control),
+            "bos": tokenizer.tokens[tokenizer.bos_ids[0]],
+            "eos": tokenizer.tokens[tokenizer.eos_ids[0]],
+        },
+        "train": dict(config),
+        "scores": dict(scores),
+    }
+
+
+def export_gguf(
+    path: Path, model: Decoder, *, about: Mapping[str, Any], dtype: Literal["F32", "F16", "Q8_0"] = "F32"
+) -> None:
+    """Write a model as one GGUF file, with `about` as JSON under `plait.config`."""
+    write_gguf(path, to_hf(model), hf_config(model.config), {"plait.config": json.dumps(about)}, dtype)
+
+
+def export_hf(folder: Path, model: Decoder, *, about: Mapping[str, Any]) -> None:
+    """Write a model as a folder that transformers loads: `config.json`, `model.safetensors`, `plait.json`."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(model.config), indent=2))
+    (folder / "plait.json").write_text(json.dumps(about, indent=2))
+    save_file(to_hf(model), folder / "model.safetensors", metadata={"format": "pt"})

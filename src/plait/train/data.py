@@ -1,0 +1,118 @@
+"""An endless, seeded, resumable stream of packed batches: problem, gold trace, tree, row.
+
+Example number n depends on the seed and n alone, so the position of a stream is the numbers it has drawn but not yet
+handed out. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias
+
+from plait.errors import RequestError, nearest
+from plait.train.packing import PackedBatch, Packer
+from plait.train.trie import TrieBatch, flatten
+from plait.tree import Tree
+
+Source: TypeAlias = Callable[[str, random.Random, Literal["train", "held_out"]], Tree]
+"""Draws one gold trace: family name, random numbers, split (`train` or `held_out`)."""
+
+
+class Stream:
+    """Batches of a mixture of families.
+
+    Args:
+        source: Draws an example of a family.
+        weights: How often each family is drawn, in any unit.
+        packer: Empty; belongs to the stream from here on.
+        seed: Streams with the same arguments and seed are equal, batch by batch.
+        state: As `state()` gave it, to go on from there.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        weights: dict[str, float],
+        packer: Packer,
+        seed: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+            raise RequestError(f"the mixture is {weights}; it needs a family with a weight above 0")
+        self._source, self._seed, self._packer = source, seed, packer
+        self._names, self._weights = tuple(weights), tuple(weights.values())
+        self._next = 0
+        self._waiting: dict[int, list[int]] = {bucket.length: [] for bucket in packer.buckets}
+        self.seen: Counter[str] = Counter()
+        """Examples handed out or waiting, by family; `longer` counts those that fit into no row and were left out."""
+        if state is not None:
+            self._next = state["next"]
+            for numbers in state["waiting"].values():
+                for number in numbers:
+                    self._place(number, self._example(number)[1])
+            self.seen = Counter(state["seen"])
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers from which an equal stream goes on."""
+        waiting = {str(length): list(numbers) for length, numbers in self._waiting.items()}
+        return {"next": self._next, "waiting": waiting, "seen": dict(self.seen)}
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        while True:
+            number = self._next
+            self._next += 1
+            family, example = self._example(number)
+            if len(example) > self._packer.longest:
+                # Cutting it would train on a wrong trace; stopping would lose a run of hours to one rare example.
+                self.seen["longer"] += 1
+                continue
+            self.seen[family] += 1
+            batch = self._place(number, example)
+            if batch is not None:
+                return batch
+
+    def _example(self, number: int) -> tuple[str, TrieBatch]:
+        rng = random.Random(f"{self._seed}/{number}")
+        family = rng.choices(self._names, self._weights)[0]
+        return family, flatten(self._source(family, rng, "train"))
+
+    def _place(self, number: int, example: TrieBatch) -> PackedBatch | None:
+        length = next(b.length for b in self._packer.buckets if len(example) <= b.length)
+        full = self._packer.add(example)
+        if full is not None:
+            self._waiting[length].clear()
+        self._waiting[length].append(number)
+        return full
+
+
+def gold_source(format: str, *, traces: str) -> Source:
+    """Gold traces of `plait.tasks` in a trajectory format.
+
+    Args:
+        format: Name of the format.
+        traces: `parallel` forks where the problem says that forking is right; `serial` never does: the twin.
+
+    Raises:
+        RequestError: No format has this name, or `traces` is neither.
+    """
+    from plait import tasks
+    from plait.formats import open_format, render
+    from plait.tasks.vocabulary import TOKENIZER
+
+    if traces not in ("parallel", "serial"):
+        raise nearest(traces, ["parallel", "serial"], "kind of trace")
+    opened = open_format(format, TOKENIZER)
+
+    def draw(family: str, rng: random.Random, split: Literal["train", "held_out"]) -> Tree:
+        problem = tasks.sample(family, rng, split)
+        trace = tasks.gold(problem, parallel=traces == "parallel")
+        prompt_ids = (*TOKENIZER.bos_ids, *TOKENIZER.encode(problem.prompt))
+        return render(trace, format=opened, tokenizer=TOKENIZER, prompt_ids=prompt_ids)
+
+    return draw

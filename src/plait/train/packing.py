@@ -1,0 +1,176 @@
+"""Packs flattened trees into rows of fixed shape: no token is dropped, cut or doubled, and every batch has one shape.
+
+Knows nothing of models and where examples come from. Rows of one bucket have one length; an example goes to the bucket
+with the shortest rows that hold it, so short examples do not pay for the attention of long ones.
+
+Shapes: R rows, T slots of a row, N nested hidden spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plait.errors import RequestError
+from plait.train.trie import TrieBatch
+
+IGNORED = -100
+"""Label of a slot that is not trained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """One shape of batch."""
+
+    rows: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.length < 1:
+            raise RequestError(f"a bucket has {self.rows} rows of {self.length}; both must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """Rows of examples side by side; no example sees another. All arrays are [R, T] but for the spans, [R, T, N]."""
+
+    token_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    """The token itself where it is trained, else -100: its logits are those at `prev`."""
+    prev: NDArray[np.int64]
+    """Slot in the same row whose logits predict this token; 0 where the label is -100."""
+    end: NDArray[np.int32]
+    """First slot of the row that no longer sees the token."""
+    hide_lo: NDArray[np.int32]
+    hide_hi: NDArray[np.int32]
+    num_examples: int
+    num_tokens: int
+    """Slots that hold an example's token."""
+
+    @property
+    def fill(self) -> float:
+        """Share of the slots in use."""
+        return self.num_tokens / self.token_ids.size
+
+    @property
+    def num_trained(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """In the order that `Decoder.losses` takes them."""
+        return (
+            self.token_ids,
+            self.position_ids,
+            self.labels,
+            self.prev,
+            self.end,
+            self.hide_lo,
+            self.hide_hi,
+        )
+
+
+class Packer:
+    """First fit of examples into the open batch of their bucket.
+
+    Args:
+        buckets: Shapes, in any order.
+        num_spans: Nested hidden spans a token may have: 0 without merges, 1 for merges that do not nest.
+        pad_id: Fills the slots left over.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], *, num_spans: int, pad_id: int = 0) -> None:
+        if not buckets:
+            raise RequestError("packing needs at least one bucket of rows")
+        self.buckets = tuple(sorted(buckets, key=lambda b: b.length))
+        self.num_spans = num_spans
+        self.pad_id = pad_id
+        self._open = [_Open(bucket) for bucket in self.buckets]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example that fits."""
+        return self.buckets[-1].length
+
+    def add(self, example: TrieBatch) -> PackedBatch | None:
+        """Place an example; the batch that it closed, if it fitted into no row of it.
+
+        Raises:
+            RequestError: It is longer than the longest row, or nests merges deeper than `num_spans`.
+        """
+        if len(example) > self.longest:
+            raise RequestError(f"an example has {len(example)} tokens; the longest rows have {self.longest}")
+        if example.hide_lo.shape[1] > self.num_spans:
+            raise RequestError(f"an example hides tokens in {example.hide_lo.shape[1]} spans; {self.num_spans} allowed")
+        at = next(i for i, bucket in enumerate(self.buckets) if len(example) <= bucket.length)
+        if self._open[at].place(example):
+            return None
+        full = self._close(at)
+        placed = self._open[at].place(example)
+        assert placed, "an empty batch holds no example"
+        return full
+
+    def flush(self) -> list[PackedBatch]:
+        """Close every batch that holds something."""
+        return [self._close(i) for i, batch in enumerate(self._open) if batch.examples]
+
+    def _close(self, at: int) -> PackedBatch:
+        batch = self._open[at]
+        self._open[at] = _Open(self.buckets[at])
+        return _pack(batch, self.num_spans, self.pad_id)
+
+
+class _Open:
+    """A batch that still takes examples."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.used = [0] * bucket.rows
+        self.examples: list[tuple[int, int, TrieBatch]] = []
+        """Row, first slot, example."""
+
+    def place(self, example: TrieBatch) -> bool:
+        room = self.bucket.length - len(example)
+        for row, used in enumerate(self.used):
+            if used <= room:
+                self.examples.append((row, used, example))
+                self.used[row] += len(example)
+                return True
+        return False
+
+
+def _pack(batch: _Open, num_spans: int, pad_id: int) -> PackedBatch:
+    rows, length = batch.bucket.rows, batch.bucket.length
+    token_ids = np.full((rows, length), pad_id, np.int64)
+    position_ids = np.zeros((rows, length), np.int64)
+    labels = np.full((rows, length), IGNORED, np.int64)
+    prev = np.zeros((rows, length), np.int64)
+    # A slot left over is seen by itself alone.
+    end = np.tile(np.arange(1, length + 1, dtype=np.int32), (rows, 1))
+    hide_lo = np.full((rows, length, num_spans), length, np.int32)
+    hide_hi = np.full((rows, length, num_spans), length, np.int32)
+    for row, at, example in batch.examples:
+        own = slice(at, at + len(example))
+        token_ids[row, own] = example.token_ids
+        position_ids[row, own] = example.position_ids
+        labels[row, own] = np.where(example.loss_mask, example.token_ids, IGNORED)
+        prev[row, own] = np.where(example.loss_mask, example.prev + at, 0)
+        end[row, own] = example.end + at
+        spans = example.hide_lo.shape[1]
+        hide_lo[row, own, :spans] = example.hide_lo + at
+        hide_hi[row, own, :spans] = example.hide_hi + at
+    return PackedBatch(
+        token_ids=token_ids,
+        position_ids=position_ids,
+        labels=labels,
+        prev=prev,
+        end=end,
+        hide_lo=hide_lo,
+        hide_hi=hide_hi,
+        num_examples=len(batch.examples),
+        num_tokens=sum(batch.used),
+    )

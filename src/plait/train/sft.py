@@ -1,0 +1,622 @@
+"""Supervised fine-tuning on gold traces: one loop on one core, resumable to the bit.
+
+    plait train sft configs/sft_multiverse.toml --out runs/multiverse
+
+The run folder holds `config.toml` (everything resolved), `checkpoint.pt`, `metrics.jsonl` and `model.gguf`. Starting
+the same command again goes on from the checkpoint. Knows nothing of engines: true decoding is a function it is given.
+Sources: trie-based SFT with loss on sampled tokens only, ThreadWeaver (arXiv:2512.07843); AdamW (arXiv:1711.05101).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plait.errors import ModelError, RequestError, nearest
+from plait.formats import format_class
+from plait.tasks.vocabulary import TOKENIZER
+from plait.train import checkpoint
+from plait.train.data import Source, Stream, gold_source
+from plait.train.model import Decoder, ModelConfig
+from plait.train.packing import Bucket, PackedBatch, Packer
+from plait.train.trie import TrieBatch, flatten
+
+OnEval: TypeAlias = Callable[[Path, int], Mapping[str, Any]]
+"""Scores a GGUF file by true parallel decoding: path and step in, scores out."""
+Say: TypeAlias = Callable[[str], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    format: str
+    """Name of the trajectory format."""
+    traces: Literal["parallel", "serial"] = "parallel"
+    """`serial`: never forks, the twin's data."""
+    mixture: dict[str, float]
+    """How often each family is drawn, in any unit."""
+    buckets: tuple[tuple[int, int], ...] = ((42, 192), (16, 512))
+    """Shapes of batches as [rows, length]; about as many slots each."""
+    spans: int | None = None
+    """Hidden spans a token may have; None: what the format's join needs without nesting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimiserConfig:
+    lr: float = 2.5e-3
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    """Largest norm of a gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """Length of a run in exactly one unit, all of them reproducible, and the shape of its learning rate."""
+
+    tokens: int | None = None
+    """Tokens of examples, prompts and headers counted, padding not."""
+    steps: int | None = None
+    problems: int | None = None
+    warmup_steps: int = 100
+    decay: float = 0.4
+    """Share of the run, at its end, over which the learning rate falls on a line."""
+    floor: float = 0.03
+    """Where it falls to, as a share of `lr`."""
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("tokens", "steps", "problems") if getattr(self, n) is not None]
+        if len(given) != 1 or getattr(self, given[0]) < 1:
+            raise RequestError("schedule needs exactly one of tokens, steps and problems, at least 1")
+        if not 0 < self.decay <= 1:
+            raise RequestError(f"schedule decay is {self.decay}; it must be above 0 and at most 1")
+
+    def done(self, *, steps: int, tokens: int, problems: int) -> float:
+        """Share of the run that is over."""
+        for total, count in ((self.tokens, tokens), (self.steps, steps), (self.problems, problems)):
+            if total is not None:
+                return min(1.0, count / total)
+        raise AssertionError("a schedule has a unit")
+
+    def factor(self, done: float, step: int) -> float:
+        """What the learning rate is multiplied with at a step."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return warm * min(1.0, max(self.floor, (1 - done) / self.decay))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    times: int = 10
+    """Evaluations in a run, evenly spread; the last one is at its end."""
+    problems: int = 64
+    """Held-out problems of each family for the teacher-forced scores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTConfig:
+    """Everything that a run depends on."""
+
+    model: ModelConfig
+    data: DataConfig
+    schedule: ScheduleConfig
+    optimiser: OptimiserConfig = OptimiserConfig()
+    eval: EvalConfig = EvalConfig()
+    seed: int = 0
+    init: str = ""
+    """Checkpoint whose weights the run starts from; empty: random ones."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast over float32 weights; auto: bf16 where the CPU multiplies it."""
+    compile: bool = True
+    """False, or no C++ compiler: the same, slower."""
+    threads: int = 1
+    checkpoint_every_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise nearest(self.precision, ["auto", "bf16", "fp32"], "precision")
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SFTConfig:
+    """Read a run's TOML file.
+
+    Args:
+        path: The file.
+        overrides: Values by dotted name, `{"schedule.tokens": 1000}`; they win over the file.
+
+    Raises:
+        RequestError: The file is missing or not TOML, or a name or value is not one of `SFTConfig`'s.
+    """
+    try:
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise RequestError(f"cannot read the config {path}: {exc}") from exc
+    for name, value in (overrides or {}).items():
+        at = data
+        *tables, last = name.split(".")
+        for table in tables:
+            at = at.setdefault(table, {})
+        at[last] = value
+    return config_from(data)
+
+
+def config_from(data: Mapping[str, Any]) -> SFTConfig:
+    """A config from plain values, as TOML and checkpoints hold them.
+
+    Raises:
+        RequestError: A name or value is not one of `SFTConfig`'s.
+    """
+    parts = dict(data)
+    for name, cls in _SECTIONS.items():
+        section = dict(parts.get(name, {}))
+        if name == "model":
+            section.setdefault("vocab_size", len(TOKENIZER.tokens))
+        if name == "data" and "buckets" in section:
+            section["buckets"] = tuple((int(rows), int(length)) for rows, length in section["buckets"])
+        parts[name] = _build(cls, section, f"[{name}]")
+    return _build(SFTConfig, parts, "the config")
+
+
+def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    known = [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]
+    for name in values:
+        if name not in known:
+            raise nearest(name, known, f"name in {where}")
+    try:
+        return cls(**values)
+    except TypeError as exc:
+        raise RequestError(f"{where}: {str(exc).partition('()')[2].strip() or exc}") from exc
+
+
+_SECTIONS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "schedule": ScheduleConfig,
+    "optimiser": OptimiserConfig,
+    "eval": EvalConfig,
+}
+
+
+def to_toml(config: SFTConfig) -> str:
+    """The config with every default written out; `load_config` reads it back to an equal one."""
+    head: list[str] = []
+    tables: list[str] = []
+
+    def write(name: str, values: Mapping[str, Any], lines: list[str]) -> None:
+        inner: list[tuple[str, Mapping[str, Any]]] = []
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                inner.append((f"{name}.{key}" if name else key, value))
+            elif value is not None:
+                # Lists, strings, numbers and booleans are written alike in JSON and TOML.
+                lines.append(f"{key} = {json.dumps(value)}")
+        for table, content in inner:
+            tables.append(f"\n[{table}]")
+            write(table, content, tables)
+
+    write("", asdict(config), head)
+    return "\n".join(head + tables) + "\n"
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is; part of its checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    problems: int = 0
+    seconds: float = 0.0
+    """Time spent in training steps, data included, evaluation and checkpoints not."""
+    evals: int = 0
+    loss: float = field(default=float("nan"))
+    """Running mean over about the last fifty steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    finished: bool
+    """False: interrupted; the same command goes on from the checkpoint."""
+    progress: Progress
+    scores: dict[str, Any]
+    checkpoint: Path
+    gguf: Path
+
+
+def train(
+    config: SFTConfig,
+    *,
+    out: str | Path,
+    resume: bool = True,
+    on_eval: OnEval | None = None,
+    source: Source | None = None,
+    say: Say | None = None,
+    stop_after_steps: int | None = None,
+) -> Outcome:
+    """Train a model, or go on with a run that was interrupted.
+
+    Args:
+        config: The run. On resuming, its schedule, evaluation and checkpoint times may differ from the first
+            start's; all else must be the same.
+        out: Run folder, created where missing.
+        resume: False starts over, and refuses a folder that holds a checkpoint.
+        on_eval: Scores the exported model by true decoding at every evaluation.
+        source: Draws examples; default: gold traces of `plait.tasks`.
+        say: Takes progress lines; default: standard error.
+        stop_after_steps: Leave as if interrupted once this many steps of the run are done.
+
+    Raises:
+        RequestError: The config asks for what there is not.
+        ModelError: The folder holds a checkpoint of another run.
+    """
+    return _Run(config, Path(out), resume, on_eval, source, say or _to_stderr).go(stop_after_steps)
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self, config: SFTConfig, out: Path, resume: bool, on_eval: OnEval | None, source: Source | None, say: Say
+    ) -> None:
+        torch.set_num_threads(config.threads)
+        self.config = config = _resolved(config)
+        self.out, self.on_eval, self.say = out, on_eval, say
+        self.source = source or gold_source(config.data.format, traces=config.data.traces)
+        self.path, self.gguf = out / "checkpoint.pt", out / "model.gguf"
+        self.progress, self.scores = Progress(), dict[str, Any]()
+        out.mkdir(parents=True, exist_ok=True)
+        saved = self._saved(resume)
+
+        torch.manual_seed(config.seed)
+        self.model = Decoder(config.model)
+        if saved is None and config.init:
+            self._start_from(Path(config.init))
+        knobs = config.optimiser
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=knobs.lr,
+            betas=(knobs.beta1, knobs.beta2),
+            weight_decay=knobs.weight_decay,
+            fused=True,
+        )
+        if saved is not None:
+            self.model.load_state_dict(saved["model"])
+            self.optimiser.load_state_dict(saved["optimiser"])
+            self.progress, self.scores = Progress(**saved["progress"]), saved["scores"]
+        self.stream = Stream(
+            self.source,
+            weights=config.data.mixture,
+            packer=self._packer(),
+            seed=config.seed,
+            state=saved["stream"] if saved is not None else None,
+        )
+        self.loss = self._loss()
+        self.held_out = {name: self._held_out(name) for name in config.data.mixture}
+        (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        self.metrics = out / "metrics.jsonl"
+        self._drop_metrics_after(self.progress.step)
+
+    def go(self, stop_after_steps: int | None) -> Outcome:
+        config, progress = self.config, self.progress
+        start = "from the start" if not progress.step else f"on from step {progress.step}"
+        self.say(f"training {self.model.num_parameters:,} parameters in {config.data.format} {start}")
+        speed = _Speed()
+        last_save = last_line = time.monotonic()
+        with _interrupt() as interrupted:
+            while (done := self._done()) < 1:
+                if interrupted.is_set() or (stop_after_steps is not None and progress.step >= stop_after_steps):
+                    self._save()
+                    self.say(f"stopped at step {progress.step}; the same command goes on from here")
+                    return self._outcome(finished=False)
+                self._step(done, speed)
+                if int(self._done() * config.eval.times + 1e-9) > progress.evals:
+                    self._evaluate()
+                    last_save = time.monotonic()
+                if time.monotonic() - last_line > 10:
+                    last_line = time.monotonic()
+                    self.say(self._line(speed))
+                if time.monotonic() - last_save > config.checkpoint_every_s:
+                    self._save()
+                    last_save = time.monotonic()
+        self._save()
+        self.say(f"finished: {progress.step} steps, {progress.tokens:,} tokens, {progress.seconds:.0f} s of training")
+        return self._outcome(finished=True)
+
+    def _step(self, done: float, speed: _Speed) -> None:
+        progress, knobs = self.progress, self.config.optimiser
+        began = time.perf_counter()
+        batch = next(self.stream)
+        drawn = time.perf_counter()
+        lr = knobs.lr * self.config.schedule.factor(done, progress.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        loss = self.loss(*_tensors(batch))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), knobs.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        value = float(loss.detach())
+        progress.step += 1
+        progress.tokens += batch.num_tokens
+        progress.problems += batch.num_examples
+        progress.loss = value if progress.loss != progress.loss else 0.98 * progress.loss + 0.02 * value
+        took = time.perf_counter() - began
+        # The first batch of each shape compiles: its time says nothing about the speed.
+        fresh = speed.add(batch, took, drawn - began)
+        progress.seconds += took if not fresh else 0.0
+        self._write(
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "problems": progress.problems,
+                "loss": round(value, 5),
+                "lr": lr,
+                "norm": round(float(norm), 4),
+                "shape": list(batch.token_ids.shape),
+                "fill": round(batch.fill, 4),
+                "step_s": round(took, 4),
+                "data_s": round(drawn - began, 4),
+            }
+        )
+
+    def _done(self) -> float:
+        p = self.progress
+        return self.config.schedule.done(steps=p.step, tokens=p.tokens, problems=p.problems)
+
+    def _line(self, speed: _Speed) -> str:
+        p, done = self.progress, self._done()
+        left = speed.seconds_left(done, self.config.schedule, p)
+        longer = f"  {self.stream.seen['longer']} left out" if self.stream.seen["longer"] else ""
+        return (
+            f"step {p.step}  {done:6.1%}  loss {p.loss:.4f}  {speed.tokens_per_s:,.0f} tokens/s  fill {speed.fill:.0%}"
+            f"  data {speed.data_share:.0%}  {p.tokens / 1e6:.2f}M tokens  {p.problems:,} problems"
+            f"  left {left / 60:.1f} min{longer}"
+        )
+
+    def _evaluate(self) -> None:
+        """Teacher-forced scores, then true decoding by whoever asked for it."""
+        began, p = time.monotonic(), self.progress
+        p.evals = int(self._done() * self.config.eval.times + 1e-9)
+        forced = {name: self._forced_scores(batches) for name, batches in self.held_out.items()}
+        self.scores = {"step": p.step, "tokens": p.tokens, "problems": p.problems, "forced": forced}
+        self._export()
+        if self.on_eval is not None:
+            self.scores["decoded"] = dict(self.on_eval(self.gguf, p.step))
+            self._export()
+        self._save()
+        shown = "  ".join(f"{n} {s['exact']:.1%} ({s['token']:.2%})" for n, s in forced.items())
+        self.say(f"step {p.step}  held out, exact traces (tokens): {shown}  [{time.monotonic() - began:.0f} s]")
+        if "decoded" in self.scores:
+            self.say(f"step {p.step}  decoded: {json.dumps(self.scores['decoded'])}")
+        self._write({"eval": self.scores, "step": p.step, "eval_s": round(time.monotonic() - began, 2)})
+
+    def _forced_scores(self, examples: list[TrieBatch]) -> dict[str, float]:
+        """Loss, share of tokens and share of whole traces that greedy sampling would write as the gold trace does."""
+        nats, right, tokens, exact = 0.0, 0, 0, 0
+        for batch in self._one_per_row(examples):
+            ids, positions, labels, prev, end, lo, hi = _tensors(batch)
+            with torch.no_grad(), self._autocast():
+                logits = self.model(ids, positions, end, lo, hi).float()
+            picked = torch.gather(logits, 1, prev[..., None].expand(-1, -1, logits.shape[-1]))
+            trained = labels >= 0
+            hits = (picked.argmax(-1) == labels) | ~trained
+            loss = torch.nn.functional.cross_entropy(
+                picked.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+            )
+            nats += float(loss)
+            tokens += int(trained.sum())
+            right += int((hits & trained).sum())
+            exact += int((hits.all(1) & trained.any(1)).sum())
+        return {"loss": nats / tokens, "token": right / tokens, "exact": exact / len(examples)}
+
+    def _one_per_row(self, examples: list[TrieBatch]) -> Iterator[PackedBatch]:
+        """Batches with an example a row, so that a row is right iff its trace is."""
+        ordered = sorted(examples, key=len)
+        for i in range(0, len(ordered), 16):
+            group = ordered[i : i + 16]
+            for example in group:
+                packer = Packer([Bucket(rows=1, length=len(example))], num_spans=self._spans)
+                packer.add(example)
+                yield from packer.flush()
+
+    def _held_out(self, family: str) -> list[TrieBatch]:
+        count = self.config.eval.problems if self.config.eval.times else 0
+        return [
+            flatten(self.source(family, random.Random(f"held_out/{family}/{n}"), "held_out")) for n in range(count)
+        ]
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.path,
+            {
+                "config": asdict(self.config),
+                "model": self.model.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "stream": self.stream.state(),
+                "progress": asdict(self.progress),
+                "scores": self.scores,
+            },
+        )
+
+    def _export(self) -> None:
+        about = checkpoint.description(asdict(self.config), scores=self.scores, tokenizer=TOKENIZER)
+        checkpoint.export_gguf(self.gguf, self.model, about=about)
+
+    def _outcome(self, *, finished: bool) -> Outcome:
+        self._export()
+        return Outcome(
+            finished=finished, progress=self.progress, scores=self.scores, checkpoint=self.path, gguf=self.gguf
+        )
+
+    def _saved(self, resume: bool) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        if not resume:
+            raise RequestError(f"{self.out} holds a run already; resume it, or choose another folder")
+        saved = checkpoint.load(self.path, format=self.config.data.format)
+        ours, theirs = _identity(asdict(self.config)), _identity(saved["config"])
+        differing = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
+        if differing:
+            name = differing[0]
+            raise ModelError(
+                f"{self.path} is of another run: {name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+            )
+        return saved
+
+    def _start_from(self, path: Path) -> None:
+        given = checkpoint.load_model(path)
+        try:
+            self.model.load_state_dict(given.state_dict())
+        except RuntimeError as exc:
+            raise ModelError(f"the weights of {path} do not fit [model]: {exc}") from exc
+
+    @property
+    def _spans(self) -> int:
+        if self.config.data.spans is not None:
+            return self.config.data.spans
+        return 1 if format_class(self.config.data.format).join_kind == "merge" else 0
+
+    def _packer(self) -> Packer:
+        buckets = [Bucket(rows=rows, length=length) for rows, length in self.config.data.buckets]
+        return Packer(buckets, num_spans=self._spans, pad_id=TOKENIZER.control_id("<pad>") or 0)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _loss(self) -> Callable[..., Tensor]:
+        def loss(*batch: Tensor) -> Tensor:
+            with self._autocast():
+                return self.model.loss(*batch)
+
+        if not self.config.compile:
+            return loss
+        if shutil.which(os.environ.get("CXX", "g++")) is None:
+            self.say("no C++ compiler: training without torch.compile, at about 0.6 of the speed")
+            return loss
+        return torch.compile(loss, dynamic=False)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _drop_metrics_after(self, step: int) -> None:
+        """Forget what a crashed run wrote after its last checkpoint: those steps are done again."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.metrics.write_text("".join(kept), encoding="utf-8")
+
+
+class _Speed:
+    """Rates over the last fifty steps."""
+
+    def __init__(self) -> None:
+        self._shapes: set[tuple[int, ...]] = set()
+        self._recent: list[tuple[int, int, float, float]] = []
+
+    def add(self, batch: PackedBatch, took: float, data: float) -> bool:
+        """Count a step; True if it was the first of its shape."""
+        shape = batch.token_ids.shape
+        if shape not in self._shapes:
+            self._shapes.add(shape)
+            return True
+        self._recent = [*self._recent[-49:], (batch.num_tokens, batch.token_ids.size, took, data)]
+        return False
+
+    def _sum(self, at: int) -> float:
+        return sum(r[at] for r in self._recent)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._sum(0) / max(1e-9, self._sum(2))
+
+    @property
+    def fill(self) -> float:
+        return self._sum(0) / max(1.0, self._sum(1))
+
+    @property
+    def data_share(self) -> float:
+        """Share of the time that drawing and packing took."""
+        return self._sum(3) / max(1e-9, self._sum(2))
+
+    def seconds_left(self, done: float, schedule: ScheduleConfig, progress: Progress) -> float:
+        if not done or not self._recent:
+            return float("nan")
+        return progress.tokens / done * (1 - done) / max(1e-9, self.tokens_per_s)
+
+
+def _tensors(batch: PackedBatch) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in batch.arrays())
+
+
+def _resolved(config: SFTConfig) -> SFTConfig:
+    if config.precision != "auto":
+        return config
+    has_bf16 = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+    return replace(config, precision="bf16" if has_bf16 else "fp32")
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What must not change between a start and a resume, by dotted name."""
+    free = {"schedule", "eval", "checkpoint_every_s", "threads", "compile", "init"}
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in free:
+            continue
+        if isinstance(value, Mapping):
+            out |= {f"{name}.{k}": _plain(v) for k, v in value.items()}
+        else:
+            out[name] = value
+    return out
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@contextmanager
+def _interrupt() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and a polite kill set; a second Ctrl-C ends the process at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    train(load_config(sys.argv[1]), out=sys.argv[2])
