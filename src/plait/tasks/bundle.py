@@ -15,14 +15,14 @@ from plait.tasks.worked import answer, block_cost, worth
 class Bundle:
     name = "bundle"
     about = (
-        "2 to 4 questions at once, each a product of up to 4 x 2 or 3 x 3 digits, a sum of two numbers of up to 4 digits or a "
+        "2 to 4 questions at once, each a product of up to 3 x 3 digits, a sum of two numbers of up to 3 digits or a "
         "bracketed sum of two times a number: What is 347 * 52, 88 + 977 and (12 + 7) * 34?"
     )
 
     def sample(self, rng: random.Random) -> Problem:
         (num_questions,) = rng.choices((2, 3, 4), (15, 25, 60))
-        kind = rng.choices(("long", "mixed", "short"), (76, 8, 16))[0]
-        size = rng.choice(((3, 2), (4, 2), (2, 3), (3, 3)))
+        kind = rng.choices(("long", "mixed", "short"), (82, 5, 13))[0]
+        size = rng.choice(((3, 2), (3, 2), (2, 3)) if num_questions == 4 else ((3, 2), (2, 3), (3, 3)))
         return self._problem(tuple(self._question(rng, kind, size) for _ in range(num_questions)))
 
     def _question(self, rng: random.Random, kind: str, size: tuple[int, int]) -> Term:
@@ -60,7 +60,7 @@ class Bundle:
         known = [q for q in questions if q is not None]
         inside = (
             len(known) == len(questions) <= 4
-            and all(len(q.addends) <= 2 and all(2 <= n <= 9999 for n in q.addends) for q in known)
+            and all(len(q.addends) <= 2 and all(2 <= n <= 999 for n in q.addends) for q in known)
             and all(q.factor is None or 2 <= q.factor <= 999 for q in known)
         )
         if not inside:

@@ -30,10 +30,9 @@ class Countdown:
     def sample(self, rng: random.Random) -> Problem:
         (count,) = rng.choices((2, 3), (15, 85))
         numbers = tuple(sorted((rng.randint(2, MAX_NUMBER) for _ in range(count)), reverse=True))
-        if count == 2 and rng.random() < 0.5:
-            target = rng.choice([value for value, _ in _all(numbers)])
-        else:
-            target = rng.randint(1, MAX_TARGET)
+        # Few targets can be made: half of the draws take one that can.
+        reachable = sorted({value for value, _ in _all(numbers)})
+        target = rng.choice(reachable) if rng.random() < 0.45 else rng.randint(1, MAX_TARGET)
         return self._problem(numbers, target)
 
     def _problem(self, numbers: tuple[int, ...], target: int) -> Problem:

@@ -15,13 +15,13 @@ from plait.tasks.worked import answer, answer_cost, block_cost, columns, columns
 class Expression:
     name = "expression"
     about = (
-        "a sum of 2 to 4 terms, each a product of numbers of up to 4 and 2 digits or a bracketed sum of two such "
+        "a sum of 2 to 4 terms, each a product of numbers of up to 3 and 2 digits or a bracketed sum of two such "
         "numbers times one of up to 2 digits: What is 34 * 27 + (58 + 6) * 16 + 9 * 41?"
     )
 
     def sample(self, rng: random.Random) -> Problem:
         (num_terms,) = rng.choices((2, 3, 4), (13, 25, 62))
-        digits = rng.choice(((1, 1, 2), (2,), (2,), (3,), (3,), (4,), (4,)))
+        digits = rng.choice(((1, 1, 2), (2,), (2,), (3,), (3,), (3,)))
         return self._problem(tuple(self._term(rng, digits) for _ in range(num_terms)))
 
     def _term(self, rng: random.Random, digits: tuple[int, ...]) -> Term:
@@ -57,7 +57,7 @@ class Expression:
         if not terms or len(known) < len(terms):
             return None
         inside = 2 <= len(known) <= 4 and all(
-            len(t.addends) <= 2 and all(2 <= n <= 9999 for n in t.addends) and 2 <= (t.factor or 0) <= 99 for t in known
+            len(t.addends) <= 2 and all(2 <= n <= 999 for n in t.addends) and 2 <= (t.factor or 0) <= 99 for t in known
         )
         if not inside:
             raise RequestError(f"{text} is outside the trained range: {self.about}")

@@ -25,20 +25,20 @@ def row(a: int, digit: int, zeros: int) -> str:
     """A number times one digit and a power of ten.
 
     >>> row(347, 2, 1)
-    '347*20: 7*2=14+0=14 4*2=08+1=09 3*2=06+0=06~04960'
+    '347*20: 7*2=14,14+0=14 4*2=08,08+1=09 3*2=06,06+0=06~04960'
     """
     steps: list[str] = []
     carry = 0
     for x in reversed(str(a)):
         product = int(x) * digit
         value = product + carry
-        steps.append(f"{x}*{digit}={product:02d}+{carry}={value:02d}")
+        steps.append(f"{x}*{digit}={product:02d},{product:02d}+{carry}={value:02d}")
         carry = value // 10
     return f"{a}*{digit}{'0' * zeros}: {' '.join(steps)}{reversed_digits(a * digit * 10**zeros)}"
 
 
 def row_cost(digits: int, zeros: int) -> int:
-    return 14 * digits + 2 * zeros + 4
+    return 17 * digits + 2 * zeros + 4
 
 
 def columns(values: Sequence[int]) -> str:
