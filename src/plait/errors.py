@@ -10,7 +10,8 @@
     │   └── EngineProtocolError                  502      no       an engine broke its contract; names the clause
     ├── FormatError (ValueError)                  -       no       strict parsing of data; has line and column
     ├── ModelError (RuntimeError)                500      no       a weight file is missing, corrupt or of another kind
-    └── TreeError (RuntimeError)                 500      no       a log or tree contradicts itself
+    ├── TreeError (RuntimeError)                 500      no       a log or tree contradicts itself
+    └── LogError (OSError)                       500      no       a log file cannot be written or read
 
 To add one: subclass the nearest class here, also the standard exception it specialises, keep `__init__` to one
 message (so that it pickles), set `status` and `retryable`. What a model writes never raises: it is a `StopReason`.
@@ -81,6 +82,10 @@ class ModelError(PlaitError, RuntimeError):
 
 class TreeError(PlaitError, RuntimeError):
     """A log or tree contradicts itself."""
+
+
+class LogError(PlaitError, OSError):
+    """A log file cannot be written or read; what was written before stays readable."""
 
 
 @contextmanager
