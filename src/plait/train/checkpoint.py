@@ -93,13 +93,3 @@ def export_gguf(
 ) -> None:
     """Write a model as one GGUF file, with `about` as JSON under `plait.config`."""
     write_gguf(path, to_hf(model), hf_config(model.config), {"plait.config": json.dumps(about)}, dtype)
-
-
-def export_hf(folder: Path, model: Decoder, *, about: Mapping[str, Any]) -> None:
-    """Write a model as a folder that transformers loads: `config.json`, `model.safetensors`, `plait.json`."""
-    from safetensors.numpy import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf_config(model.config), indent=2))
-    (folder / "plait.json").write_text(json.dumps(about, indent=2))
-    save_file(to_hf(model), folder / "model.safetensors", metadata={"format": "pt"})

@@ -45,20 +45,16 @@ class Stream:
         self._source, self._seed, self._packer = source, seed, packer
         self._names, self._weights = tuple(weights), tuple(weights.values())
         self._next = 0
-        self._waiting: dict[int, list[int]] = {bucket.length: [] for bucket in packer.buckets}
         self.seen: Counter[str] = Counter()
-        """Examples handed out or waiting, by family; `longer` counts those that fit into no row and were left out."""
+        """Examples drawn, by family; `longer` counts those that fit into no row and were left out."""
         if state is not None:
-            self._next = state["next"]
-            for numbers in state["waiting"].values():
-                for number in numbers:
-                    self._place(number, self._example(number)[1])
-            self.seen = Counter(state["seen"])
+            self._next, self.seen = state["next"], Counter(state["seen"])
+            for bucket, row, number in state["waiting"]:
+                packer.put_back(bucket, row, number, self._example(number)[1])
 
     def state(self) -> dict[str, Any]:
         """Plain numbers from which an equal stream goes on."""
-        waiting = {str(length): list(numbers) for length, numbers in self._waiting.items()}
-        return {"next": self._next, "waiting": waiting, "seen": dict(self.seen)}
+        return {"next": self._next, "waiting": self._packer.waiting(), "seen": dict(self.seen)}
 
     def __iter__(self) -> Iterator[PackedBatch]:
         return self
@@ -73,7 +69,7 @@ class Stream:
                 self.seen["longer"] += 1
                 continue
             self.seen[family] += 1
-            batch = self._place(number, example)
+            batch = self._packer.add(example, number)
             if batch is not None:
                 return batch
 
@@ -81,14 +77,6 @@ class Stream:
         rng = random.Random(f"{self._seed}/{number}")
         family = rng.choices(self._names, self._weights)[0]
         return family, flatten(self._source(family, rng, "train"))
-
-    def _place(self, number: int, example: TrieBatch) -> PackedBatch | None:
-        length = next(b.length for b in self._packer.buckets if len(example) <= b.length)
-        full = self._packer.add(example)
-        if full is not None:
-            self._waiting[length].clear()
-        self._waiting[length].append(number)
-        return full
 
 
 def gold_source(format: str, *, traces: str) -> Source:

@@ -1,7 +1,8 @@
 """Packs flattened trees into rows of fixed shape: no token is dropped, cut or doubled, and every batch has one shape.
 
-Knows nothing of models and where examples come from. Rows of one bucket have one length; an example goes to the bucket
-with the shortest rows that hold it, so short examples do not pay for the attention of long ones.
+Knows nothing of models and where examples come from. Rows of one bucket have one length. An example opens rows only in
+the bucket with the shortest rows that hold it, so short examples do not pay for the attention of long ones; but it
+goes into a gap that a longer example left at the end of its row if there is one, for that costs nothing.
 
 Shapes: R rows, T slots of a row, N nested hidden spans.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,21 +61,9 @@ class PackedBatch:
     def num_trained(self) -> int:
         return int((self.labels != IGNORED).sum())
 
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        """In the order that `Decoder.losses` takes them."""
-        return (
-            self.token_ids,
-            self.position_ids,
-            self.labels,
-            self.prev,
-            self.end,
-            self.hide_lo,
-            self.hide_hi,
-        )
-
 
 class Packer:
-    """First fit of examples into the open batch of their bucket.
+    """Places examples into the open batch of each bucket; a batch is closed when an example of its own fits no more.
 
     Args:
         buckets: Shapes, in any order.
@@ -96,8 +84,8 @@ class Packer:
         """Tokens of the longest example that fits."""
         return self.buckets[-1].length
 
-    def add(self, example: TrieBatch) -> PackedBatch | None:
-        """Place an example; the batch that it closed, if it fitted into no row of it.
+    def add(self, example: TrieBatch, tag: int = 0) -> PackedBatch | None:
+        """Place an example; the batch that it closed, if its bucket had no room.
 
         Raises:
             RequestError: It is longer than the longest row, or nests merges deeper than `num_spans`.
@@ -106,17 +94,27 @@ class Packer:
             raise RequestError(f"an example has {len(example)} tokens; the longest rows have {self.longest}")
         if example.hide_lo.shape[1] > self.num_spans:
             raise RequestError(f"an example hides tokens in {example.hide_lo.shape[1]} spans; {self.num_spans} allowed")
-        at = next(i for i, bucket in enumerate(self.buckets) if len(example) <= bucket.length)
-        if self._open[at].place(example):
-            return None
-        full = self._close(at)
-        placed = self._open[at].place(example)
-        assert placed, "an empty batch holds no example"
+        own = next(i for i, bucket in enumerate(self.buckets) if len(example) <= bucket.length)
+        for at in range(len(self.buckets) - 1, own - 1, -1):
+            row = self._open[at].tightest(len(example), opened=at != own)
+            if row is not None:
+                self._open[at].put(row, tag, example)
+                return None
+        full = self._close(own)
+        self._open[own].put(0, tag, example)
         return full
 
     def flush(self) -> list[PackedBatch]:
         """Close every batch that holds something."""
-        return [self._close(i) for i, batch in enumerate(self._open) if batch.examples]
+        return [self._close(i) for i, batch in enumerate(self._open) if batch.placed]
+
+    def waiting(self) -> list[tuple[int, int, int]]:
+        """Bucket, row and tag of every example in an open batch, in the order that `put_back` needs."""
+        return [(i, row, tag) for i, batch in enumerate(self._open) for row, _, tag, _ in batch.placed]
+
+    def put_back(self, bucket: int, row: int, tag: int, example: TrieBatch) -> None:
+        """Place an example where `waiting` said it was."""
+        self._open[bucket].put(row, tag, example)
 
     def _close(self, at: int) -> PackedBatch:
         batch = self._open[at]
@@ -130,17 +128,18 @@ class _Open:
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.used = [0] * bucket.rows
-        self.examples: list[tuple[int, int, TrieBatch]] = []
-        """Row, first slot, example."""
+        self.placed: list[tuple[int, int, int, TrieBatch]] = []
+        """Row, first slot, tag, example."""
 
-    def place(self, example: TrieBatch) -> bool:
-        room = self.bucket.length - len(example)
-        for row, used in enumerate(self.used):
-            if used <= room:
-                self.examples.append((row, used, example))
-                self.used[row] += len(example)
-                return True
-        return False
+    def tightest(self, length: int, *, opened: bool) -> int | None:
+        """The row with the least room that still holds so many tokens; with `opened`, empty rows do not count."""
+        room = self.bucket.length - length
+        fitting = [i for i, used in enumerate(self.used) if used <= room and (used or not opened)]
+        return max(fitting, key=lambda i: (self.used[i], -i)) if fitting else None
+
+    def put(self, row: int, tag: int, example: TrieBatch) -> None:
+        self.placed.append((row, self.used[row], tag, example))
+        self.used[row] += len(example)
 
 
 def _pack(batch: _Open, num_spans: int, pad_id: int) -> PackedBatch:
@@ -153,7 +152,7 @@ def _pack(batch: _Open, num_spans: int, pad_id: int) -> PackedBatch:
     end = np.tile(np.arange(1, length + 1, dtype=np.int32), (rows, 1))
     hide_lo = np.full((rows, length, num_spans), length, np.int32)
     hide_hi = np.full((rows, length, num_spans), length, np.int32)
-    for row, at, example in batch.examples:
+    for row, at, _, example in batch.placed:
         own = slice(at, at + len(example))
         token_ids[row, own] = example.token_ids
         position_ids[row, own] = example.position_ids
@@ -171,6 +170,6 @@ def _pack(batch: _Open, num_spans: int, pad_id: int) -> PackedBatch:
         end=end,
         hide_lo=hide_lo,
         hide_hi=hide_hi,
-        num_examples=len(batch.examples),
+        num_examples=len(batch.placed),
         num_tokens=sum(batch.used),
     )

@@ -25,7 +25,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,6 +131,9 @@ class SFTConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "bf16", "fp32"):
             raise nearest(self.precision, ["auto", "bf16", "fp32"], "precision")
+        longest = max((length for _, length in self.data.buckets), default=0)
+        if longest > self.model.max_positions:
+            raise RequestError(f"rows of {longest} tokens are longer than max_positions, {self.model.max_positions}")
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SFTConfig:
@@ -308,7 +310,7 @@ class _Run:
             seed=config.seed,
             state=saved["stream"] if saved is not None else None,
         )
-        self.loss = self._loss()
+        self.loss, self.biases = self._compiled()
         self.held_out = {name: self._held_out(name) for name in config.data.mixture}
         (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
         self.metrics = out / "metrics.jsonl"
@@ -348,7 +350,7 @@ class _Run:
         lr = knobs.lr * self.config.schedule.factor(done, progress.step)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        loss = self.loss(*_tensors(batch))
+        loss = self.loss(*_inputs(batch), self.biases(*_spans(batch)))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), knobs.clip)
         self.optimiser.step()
@@ -412,9 +414,9 @@ class _Run:
         """Loss, share of tokens and share of whole traces that greedy sampling would write as the gold trace does."""
         nats, right, tokens, exact = 0.0, 0, 0, 0
         for batch in self._one_per_row(examples):
-            ids, positions, labels, prev, end, lo, hi = _tensors(batch)
+            ids, positions, labels, prev = _inputs(batch)
             with torch.no_grad(), self._autocast():
-                logits = self.model(ids, positions, end, lo, hi).float()
+                logits = self.model(ids, positions, self.model.biases(*_spans(batch))).float()
             picked = torch.gather(logits, 1, prev[..., None].expand(-1, -1, logits.shape[-1]))
             trained = labels >= 0
             hits = (picked.argmax(-1) == labels) | ~trained
@@ -439,9 +441,7 @@ class _Run:
 
     def _held_out(self, family: str) -> list[TrieBatch]:
         count = self.config.eval.problems if self.config.eval.times else 0
-        return [
-            flatten(self.source(family, random.Random(f"held_out/{family}/{n}"), "held_out")) for n in range(count)
-        ]
+        return [flatten(self.source(family, random.Random(f"held_out/{family}/{n}"), "held_out")) for n in range(count)]
 
     def _save(self) -> None:
         checkpoint.save(
@@ -501,17 +501,19 @@ class _Run:
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _loss(self) -> Callable[..., Tensor]:
-        def loss(*batch: Tensor) -> Tensor:
+    def _compiled(self) -> tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]:
+        """Loss and biases. Two graphs, for in one the biases would be computed again for every layer and head."""
+
+        def loss(*batch: Any) -> Tensor:
             with self._autocast():
                 return self.model.loss(*batch)
 
         if not self.config.compile:
-            return loss
+            return loss, self.model.biases
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             self.say("no C++ compiler: training without torch.compile, at about 0.6 of the speed")
-            return loss
-        return torch.compile(loss, dynamic=False)
+            return loss, self.model.biases
+        return torch.compile(loss, dynamic=False), torch.compile(self.model.biases, dynamic=False)
 
     def _write(self, record: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -564,8 +566,12 @@ class _Speed:
         return progress.tokens / done * (1 - done) / max(1e-9, self.tokens_per_s)
 
 
-def _tensors(batch: PackedBatch) -> tuple[Tensor, ...]:
-    return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in batch.arrays())
+def _inputs(batch: PackedBatch) -> tuple[Tensor, ...]:
+    return tuple(map(torch.from_numpy, (batch.token_ids, batch.position_ids, batch.labels, batch.prev)))
+
+
+def _spans(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.from_numpy(batch.end), torch.from_numpy(batch.hide_lo), torch.from_numpy(batch.hide_hi)
 
 
 def _resolved(config: SFTConfig) -> SFTConfig:

@@ -131,7 +131,7 @@ def _before(segment: Segment, tails: dict[str, tuple[int, int]]) -> tuple[int, i
 
 
 def _visibility(tree: Tree, order: list[Segment], starts: dict[str, int], length: int) -> tuple[Ints, Ints, Ints]:
-    """`end`, `hide_lo`, `hide_hi`: a token is seen in its segment's subtree, and in those of the merges it went into."""
+    """`end`, `hide_lo`, `hide_hi`: a token is seen in its segment's subtree and in those of merges it went into."""
     stops = {segment.id: starts[segment.id] + len(segment.token_ids) for segment in order}
     for segment in reversed(order):
         if segment.parent is not None:

@@ -1,0 +1,120 @@
+import pytest
+
+from plait.errors import TreeError
+from plait.train.trie import dense_mask, flatten
+from plait.tree import Segment, Tree
+from random_trees import expand, random_tree
+
+SEEDS = range(150)
+
+
+def tree_of(*segments: Segment) -> Tree:
+    return Tree({s.id: s for s in segments})
+
+
+def sampled(id: str, parent: str | None = None, *, forced: tuple[int, ...] = (), ids: tuple[int, ...] = (), **more):
+    return Segment(id=id, parent=parent, forced_ids=forced, sampled_ids=list(ids), logprobs=[-1.0] * len(ids), **more)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_token_sees_what_its_engine_call_was_given(seed):
+    tree = random_tree(seed)
+    batch = flatten(tree)
+    mask = dense_mask(batch.end, batch.hide_lo, batch.hide_hi)
+    at = 0
+    for segment in tree.walk():
+        ids, positions, sees = expand((*tree.context(segment.id), tuple(segment.sampled_ids)))
+        for own in range(at, at + len(segment.token_ids)):
+            there = len(ids) - (at + len(segment.token_ids) - own)
+            assert batch.token_ids[own] == ids[there]
+            assert batch.position_ids[own] == positions[there]
+            seen = sorted((int(batch.token_ids[j]), int(batch.position_ids[j])) for j in mask[own].nonzero()[0])
+            assert seen == sorted((ids[j], positions[j]) for j in sees[there])
+        at += len(segment.token_ids)
+    assert at == len(batch)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_loss_mask_counts_what_was_sampled(seed):
+    tree = random_tree(seed)
+    batch = flatten(tree)
+    assert batch.loss_mask.sum() == sum(len(s.sampled_ids) for s in tree.segments.values())
+    assert (batch.prev[batch.loss_mask] >= 0).all()
+    assert (batch.logprobs[~batch.loss_mask] == 0).all()
+    assert (batch.logprobs[batch.loss_mask] == -0.5).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_predecessor_is_one_position_before_and_visible(seed):
+    batch = flatten(random_tree(seed))
+    mask = dense_mask(batch.end, batch.hide_lo, batch.hide_hi)
+    for i, j in enumerate(batch.prev):
+        if j >= 0:
+            assert batch.position_ids[j] == batch.position_ids[i] - 1
+            assert mask[i, j]
+
+
+def test_one_token_at_a_fork_predicts_the_first_token_of_every_branch():
+    batch = flatten(
+        tree_of(
+            sampled("0:0", forced=(1, 2), ids=(3,)),
+            sampled("0/0.1:0", "0:0", forced=(10,), ids=(4,)),
+            sampled("0/0.2:0", "0:0", forced=(11,), ids=(5,)),
+        )
+    )
+    assert batch.prev.tolist() == [-1, 0, 1, 2, 3, 2, 5]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4]
+    assert batch.hide_lo.shape == (7, 0)
+
+
+def test_after_a_merge_positions_go_on_from_the_longest_branch_and_nothing_predicts_the_forced_id():
+    batch = flatten(
+        tree_of(
+            sampled("0:0", forced=(1,), ids=(2,)),
+            sampled("0/0.1:0", "0:0", forced=(10,), ids=(4, 5, 6)),
+            sampled("0/0.2:0", "0:0", forced=(11,), ids=(7,)),
+            sampled("0:1", "0:0", forced=(8,), ids=(9,), joins=("0/0.1:0", "0/0.2:0"), join="merge"),
+        )
+    )
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 6, 7]
+    assert batch.prev.tolist() == [-1, 0, 1, 2, 3, 4, 1, 6, -1, 8]
+    assert (batch.hide_lo[2:6, 0] == 6).all()
+    assert (batch.hide_hi[2:6, 0] == 8).all()
+    mask = dense_mask(batch.end, batch.hide_lo, batch.hide_hi)
+    assert mask[6].tolist() == [True] * 2 + [False] * 4 + [True] + [False] * 3
+    assert mask[9].all()
+
+
+def test_a_thread_that_a_merge_was_not_given_stays_hidden():
+    batch = flatten(
+        tree_of(
+            sampled("0:0", forced=(1,), ids=(2,)),
+            sampled("0/0.1:0", "0:0", forced=(10,)),
+            sampled("0/0.2:0", "0:0", forced=(11,)),
+            sampled("0:1", "0:0", forced=(8,), joins=("0/0.2:0",), join="merge"),
+        )
+    )
+    assert dense_mask(batch.end, batch.hide_lo, batch.hide_hi)[4].tolist() == [True, True, False, True, True]
+
+
+def test_a_sampled_token_that_nothing_predicts_is_refused():
+    with pytest.raises(TreeError, match="nothing that could predict"):
+        flatten(tree_of(sampled("0:0", ids=(1,))))
+    with pytest.raises(TreeError, match="nothing that could predict"):
+        flatten(
+            tree_of(
+                sampled("0:0", forced=(1,)),
+                sampled("0/0.1:0", "0:0", forced=(2,)),
+                sampled("0:1", "0:0", ids=(3,), joins=("0/0.1:0",), join="merge"),
+            )
+        )
+
+
+def test_a_tree_with_a_missing_parent_is_refused():
+    with pytest.raises(TreeError, match="parent is missing"):
+        flatten(tree_of(sampled("0:0", forced=(1,)), sampled("0/0.1:0", "0:7", forced=(2,))))
+
+
+def test_a_join_that_drops_ids_of_its_parent_is_refused():
+    with pytest.raises(TreeError, match="drops ids"):
+        flatten(tree_of(sampled("0:0", forced=(1,), keep=0)))
