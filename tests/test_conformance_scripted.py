@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -65,12 +66,13 @@ class Wrong(ScriptedEngine):
                 context = context if len(context) == 1 else (*context, (1,))
             case _:
                 pass
-        async for chunk in super().generate(context, params):
-            if self.clause == "C6":
-                chunk = replace(chunk, logprobs=tuple(lp - self.calls for lp in chunk.logprobs))
-            if self.clause == "C6 sign":
-                chunk = replace(chunk, logprobs=tuple(-lp for lp in chunk.logprobs))
-            yield chunk
+        async with aclosing(super().generate(context, params)) as chunks:
+            async for chunk in chunks:
+                if self.clause == "C6":
+                    chunk = replace(chunk, logprobs=tuple(lp - self.calls for lp in chunk.logprobs))
+                if self.clause == "C6 sign":
+                    chunk = replace(chunk, logprobs=tuple(-lp for lp in chunk.logprobs))
+                yield chunk
 
     def _check(self, context: Context) -> None:
         match self.clause:
@@ -99,9 +101,10 @@ async def test_an_engine_that_breaks_a_clause_is_told_which(clause: str) -> None
 async def test_a_concurrency_bug_is_found() -> None:
     class Mixed(ScriptedEngine):
         async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
-            async for chunk in super().generate(context, params):
-                others = self.stats().active > 1
-                yield replace(chunk, token_ids=tuple((id + others) % 50 for id in chunk.token_ids))
+            async with aclosing(super().generate(context, params)) as chunks:
+                async for chunk in chunks:
+                    others = self.stats().active > 1
+                    yield replace(chunk, token_ids=tuple((id + others) % 50 for id in chunk.token_ids))
 
     with pytest.raises(EngineProtocolError, match=r"^C7 "):
         await check_engine(lambda: Mixed(vocab_size=50, max_context=400), vocab_size=50, tolerance=0)
@@ -111,8 +114,9 @@ async def test_a_merge_that_sees_the_order_is_found() -> None:
     class Ordered(ScriptedEngine):
         async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
             flat = _flatten(context)
-            async for chunk in super().generate((flat,), params):
-                yield chunk
+            async with aclosing(super().generate((flat,), params)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     def _flatten(context: Context) -> tuple[int, ...]:
         return tuple(
@@ -138,10 +142,11 @@ async def test_merge_is_held_to_a_reference() -> None:
 async def test_rounding_within_the_tolerance_is_no_failure() -> None:
     class Rounded(ScriptedEngine):
         async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
-            async for chunk in super().generate(context, params):
-                await anyio.lowlevel.checkpoint()
-                shift = self._decoded % 7 * 1e-6
-                yield replace(chunk, logprobs=tuple(lp - shift for lp in chunk.logprobs))
+            async with aclosing(super().generate(context, params)) as chunks:
+                async for chunk in chunks:
+                    await anyio.lowlevel.checkpoint()
+                    shift = self._decoded % 7 * 1e-6
+                    yield replace(chunk, logprobs=tuple(lp - shift for lp in chunk.logprobs))
 
     await check_engine(lambda: Rounded(vocab_size=50, max_context=400), vocab_size=50, tolerance=1e-4)
     with pytest.raises(EngineProtocolError):

@@ -428,13 +428,17 @@ class _Program:
     def first_failure(self, group: BaseExceptionGroup[BaseException]) -> BaseException | None:
         """The failure that ended the run, later ones as its notes; None where it was only cancelled."""
         cancelled = anyio.get_cancelled_exc_class()
-        found = [exc for exc in _leaves(group, self.failures) if not isinstance(exc, cancelled)]
+        found = [exc for exc in _leaves(group) if not isinstance(exc, cancelled)]
         exits = [exc for exc in found if not isinstance(exc, Exception)]
-        in_order = [*exits, *(exc for exc in self.failures if any(exc is other for other in found)), *found]
-        for other in found:
-            if other is not in_order[0]:
-                in_order[0].add_note(f"also failed: {other!r}")
-        return in_order[0] if in_order else None
+        for first in (*exits, *self.failures, *found):
+            # A group that the run's reader raised stays whole, though its scheduler may have rebuilt it.
+            own = _leaves(first)
+            if any(exc is other for exc in own for other in found):
+                for other in found:
+                    if not any(exc is other for exc in own):
+                        first.add_note(f"also failed: {other!r}")
+                return first
+        return None
 
     def end_what_is_open(self, note: str) -> None:
         """After an early end, let the tree say which segments were cut off."""
@@ -468,8 +472,8 @@ def _check_stop(stop: StopReason, sampled: Sequence[int], params: SamplingParams
         raise EngineProtocolError(f"C4: a call stopped with {stop.value!r}, its last token is {sampled[-1:]}")
 
 
-def _leaves(exc: BaseException, whole: Sequence[BaseException]) -> list[BaseException]:
-    """The exceptions of nested groups; a group that a reader of the run raised itself is left whole."""
-    if isinstance(exc, BaseExceptionGroup) and not any(exc is known for known in whole):
-        return [leaf for inner in exc.exceptions for leaf in _leaves(inner, whole)]
+def _leaves(exc: BaseException) -> list[BaseException]:
+    """The exceptions of nested groups."""
+    if isinstance(exc, BaseExceptionGroup):
+        return [leaf for inner in exc.exceptions for leaf in _leaves(inner)]
     return [exc]

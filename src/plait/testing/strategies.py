@@ -1,0 +1,144 @@
+"""Hypothesis strategies for random programs and the trees they run to: nested forks, merges, limits, malformed blocks.
+
+Knows the runtime, no model and no text. A `Program` is a request for the scripted engine's pseudo-random model in a
+`ToyFormat`, whose control ids are small numbers; its tree is the same under any timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+from hypothesis import strategies as st
+
+from plait.engines.scripted import ScriptedEngine
+from plait.events import Event
+from plait.formats.base import Branch, Fork, Join, Malformed, ThreadOutcome
+from plait.session import open_run
+from plait.testing.clock import virtual_time
+from plait.tree import Tree
+from plait.types import Budget, JoinKind, Request
+
+FORK, CLOSE, EOS, JOIN, HEADER = range(5)
+TEXT = 5
+"""The first id that is plain text."""
+VOCAB_SIZE = 16
+WIDE = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyFormat:
+    """Forks on `FORK`; a thread opens with `HEADER` and its number and ends on `CLOSE`; the parent reads `JOIN`.
+
+    The last id before `FORK` says how many threads: `TEXT` + n asks for n mod 5, the last id of all for `WIDE`; none is
+    malformed.
+    """
+
+    join_kind: JoinKind = "concat"
+    nested: bool = True
+    name: str = "toy"
+    paper: str = "-"
+    fork_ids: tuple[int, ...] = (FORK,)
+
+    def stop_ids(self, depth: int) -> tuple[int, ...]:
+        if not depth:
+            return (FORK,)
+        return (FORK, CLOSE) if self.nested else (CLOSE,)
+
+    def eos_ids(self) -> tuple[int, ...]:
+        return (EOS,)
+
+    def parse(self, sampled_ids: Sequence[int], depth: int) -> Fork | Malformed | None:
+        if sampled_ids[-1] != FORK:
+            return None
+        before = sampled_ids[-2] if len(sampled_ids) > 1 else 0
+        width = WIDE if before == VOCAB_SIZE - 1 else max(0, before - TEXT) % 5
+        if not width:
+            return Malformed(note="no width before the fork")
+        headers = ((HEADER, TEXT + i % 5) for i in range(width))
+        return Fork(branches=tuple(Branch(header_ids=ids, label=str(i)) for i, ids in enumerate(headers)))
+
+    def closer_ids(self, outcome: ThreadOutcome) -> tuple[int, ...]:
+        return () if outcome.token_ids[-1:] == (CLOSE,) else (CLOSE,)
+
+    def join(self, threads: Sequence[ThreadOutcome]) -> Join:
+        if self.join_kind == "merge":
+            return Join(forced_ids=(JOIN,))
+        read = [id for t in threads for id in (*t.header_ids, *t.token_ids) if id != EOS]
+        return Join(forced_ids=(*read, JOIN))
+
+    def open_text(self, labels: Sequence[str]) -> str:
+        raise NotImplementedError("the toy format has no text")
+
+    thread_text = close_text = open_text  # pyright: ignore[reportAssignmentType]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A request, and the pseudo-random model that answers it."""
+
+    request: Request
+    format: ToyFormat = ToyFormat()
+    weights: dict[int, float] = field(default_factory=dict[int, float])
+    max_context: int = 4096
+
+    def engine(self, **options: Any) -> ScriptedEngine:
+        """Any timing: `timing_seed`, `chunk_size`, `delay_s`, `fail`."""
+        return ScriptedEngine(vocab_size=VOCAB_SIZE, weights=self.weights, max_context=self.max_context, **options)
+
+    def run(self, *, backend: str = "asyncio", **options: Any) -> tuple[Tree, list[Event], ScriptedEngine]:
+        """Tree, events and engine of one run in virtual time."""
+        engine = self.engine(**options)
+
+        async def main() -> tuple[Tree, list[Event]]:
+            async with open_run(self.request, engine=engine, format=self.format) as run:
+                events = [event async for event in run]
+            return run.tree, events
+
+        tree, events = anyio.run(main, backend=backend, backend_options=virtual_time(backend))
+        return tree, events, engine
+
+
+def _upto(most: int, *, least: int = 1) -> st.SearchStrategy[int | None]:
+    return st.none() | st.integers(least, most)
+
+
+def budgets() -> st.SearchStrategy[Budget]:
+    """Small limits, so that runs are short and every limit is met."""
+    return st.builds(
+        Budget,
+        max_threads=st.integers(0, 12),
+        max_concurrent_threads=_upto(4),
+        max_threads_per_fork=_upto(6, least=0),
+        max_depth=_upto(3, least=0),
+        max_thread_tokens=_upto(12),
+        max_tokens=st.integers(1, 120),
+    )
+
+
+@st.composite
+def programs(draw: st.DrawFn, *, joins: Sequence[JoinKind] = ("concat", "merge")) -> Program:
+    """Random programs; control ids are likely enough that most of them fork."""
+    request = Request(
+        prompt_ids=tuple(draw(st.lists(st.integers(TEXT, VOCAB_SIZE - 1), min_size=1, max_size=5))),
+        budget=draw(budgets()),
+        temperature=draw(st.sampled_from([0.0, 1.0])),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+    return Program(
+        request=request,
+        format=ToyFormat(join_kind=draw(st.sampled_from(joins)), nested=draw(st.booleans())),
+        weights={
+            FORK: draw(st.sampled_from([2.0, 6.0])),
+            CLOSE: draw(st.sampled_from([0.5, 4.0])),
+            EOS: draw(st.sampled_from([0.1, 1.0])),
+        },
+        max_context=draw(st.sampled_from([24, 60, 4096])),
+    )
+
+
+def trees(*, joins: Sequence[JoinKind] = ("concat", "merge")) -> st.SearchStrategy[Tree]:
+    """Trees of random programs."""
+    return programs(joins=joins).map(lambda program: program.run()[0])
