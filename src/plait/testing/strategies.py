@@ -28,7 +28,7 @@ VOCAB_SIZE = 16
 WIDE = 40
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ToyFormat:
     """Forks on `FORK`; a thread opens with `HEADER` and its number and ends on `CLOSE`; the parent reads `JOIN`.
 
@@ -72,7 +72,11 @@ class ToyFormat:
     def open_text(self, labels: Sequence[str]) -> str:
         raise NotImplementedError("the toy format has no text")
 
-    thread_text = close_text = open_text  # pyright: ignore[reportAssignmentType]
+    def thread_text(self, body: str) -> str:
+        raise NotImplementedError("the toy format has no text")
+
+    def close_text(self, conclusion: str) -> str:
+        raise NotImplementedError("the toy format has no text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +84,7 @@ class Program:
     """A request, and the pseudo-random model that answers it."""
 
     request: Request
-    format: ToyFormat = ToyFormat()
+    format: ToyFormat = field(default_factory=ToyFormat)
     weights: dict[int, float] = field(default_factory=dict[int, float])
     max_context: int = 4096
 
