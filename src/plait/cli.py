@@ -1,0 +1,280 @@
+"""The `plait` command: parses and calls one function of `plait.commands`; turns errors into messages and exit codes.
+
+Exit codes: 0 done; 1 it failed (no answer, broken weights, a full disk); 2 what was asked is not possible; 130 stopped
+by Ctrl-C; 141 whoever read the output closed it. Everything heavier than click is imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Any
+
+import click
+
+from plait import __version__
+
+FAILED, REFUSED, STOPPED, CLOSED = 1, 2, 130, 141
+
+
+class Plait(click.Group):
+    """The group of all commands; the one place that turns exceptions into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+            sys.stdout.flush()
+        except (click.Abort, KeyboardInterrupt):
+            code = _say("stopped", STOPPED)
+        except click.exceptions.NoArgsIsHelpError as exc:
+            exc.show()
+            code = REFUSED
+        except click.ClickException as exc:
+            exc.show()
+            code = exc.exit_code
+        except OSError as exc:
+            code = _os_error(exc)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from plait.errors import PlaitError, RequestError
+
+        try:
+            return super().invoke(ctx)
+        except RequestError as exc:
+            return _say(str(exc), REFUSED)
+        except PlaitError as exc:
+            return _say("\n".join([str(exc), *getattr(exc, "__notes__", [])]), FAILED)
+        except OSError as exc:
+            # Not left to click, which ends a closed pipe with its own exit code.
+            return _os_error(exc)
+
+
+def _os_error(exc: OSError) -> int:
+    if exc.errno == errno.EPIPE:
+        # The interpreter flushes standard output once more as it ends; that must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    code = _say(f"{exc.filename or 'standard output'}: {exc.strerror or exc}", FAILED)
+    if exc.errno == errno.ENOSPC and exc.filename is None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _say(message: str, code: int) -> int:
+    click.echo(f"plait: {message}", err=True)
+    return code
+
+
+def _lines(text: str) -> str:
+    r"""Help that keeps its line breaks: click's mark before every paragraph."""
+    return "\n\n".join(f"\b\n{paragraph}" for paragraph in text.strip().split("\n\n"))
+
+
+@click.group(
+    cls=Plait,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help=_lines("""
+Adaptive parallel reasoning: a model splits a problem into threads and joins them again.
+
+plait solve "What is 347 * 526?"            watch it split, think side by side, and answer
+plait solve "What is 347 * 526?" --compare  against the same model thinking in one line
+plait tasks                                 what the embedded model knows
+plait eval --family long_multiplication -n 100 --compare
+"""),
+    epilog="Exit codes: 0 done, 1 failed, 2 not possible as asked, 130 Ctrl-C, 141 closed pipe.",
+)
+@click.version_option(__version__, "--version", message="plait %(version)s")
+def main() -> None:
+    pass
+
+
+_MODEL = click.option("--model", metavar="NAME|PATH", help="Embedded model, or a GGUF of `plait train`.")
+_ENGINE = click.option("--engine", metavar="NAME", help="llamacpp, or scripted: gold traces, no model.")
+_TWIN = click.option("--twin", metavar="NAME|PATH", help="The twin, where it is not the model's own.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@main.command(
+    help=_lines("""
+Answer one question, and show how.
+
+plait solve "What is 347 * 526?"
+plait solve "Use 3, 7 and 25 to make 54" --compare
+echo "What is 34 * 27 + 58 * 16?" | plait solve -
+plait solve "What is 4631 * 8274?" --json --trace run.jsonl
+
+Threads are shown side by side on a terminal, as plain lines elsewhere.
+`plait tasks` lists what can be asked.
+""")
+)
+@click.argument("question")
+@click.option("--compare", is_flag=True, help="Run the sequential twin too; show the ratio.")
+@_JSON
+@click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Log the run for `plait trace show`.")
+@_MODEL
+@_ENGINE
+@_TWIN
+@click.option("--format", metavar="NAME", help="Refuse weights trained in another format.")
+@click.option("--max-threads", type=int, metavar="N", help="Forked threads at most; 0: no fork.")
+@click.option("--max-tokens", type=int, metavar="N", help="Tokens at most, all threads together.")
+@click.option("--deadline", type=float, metavar="S", help="Seconds at most.")
+@click.option("--temperature", type=float, metavar="T", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Same seed, same run.")
+@click.option(
+    "--pace",
+    type=click.Choice(["auto", "real", "slow"]),
+    default="auto",
+    show_default=True,
+    help="auto replays what was too fast to watch.",
+)
+@click.option("--lanes/--plain", default=None, help="Panes, or lines; default: as output is.")
+@click.option("--check", is_flag=True, help="Grade the answer; exit code 1 if wrong.")
+def solve(
+    question: str, max_threads: int | None, max_tokens: int | None, deadline: float | None, **options: Any
+) -> int:
+    from plait.commands.solve import Options
+    from plait.commands.solve import solve as run
+    from plait.types import Budget
+
+    limits = {"max_threads": max_threads, "max_tokens": max_tokens, "deadline_s": deadline}
+    budget = Budget(**{name: value for name, value in limits.items() if value is not None})
+    if question == "-":
+        question = sys.stdin.read().strip()
+    return run(question, Options(budget=budget, **options))
+
+
+@main.command(
+    "eval",
+    help=_lines("""
+Run held-out problems and print what came of them.
+
+plait eval -n 100                   every family the model was trained on
+plait eval --family product,bundle -n 500 --out results.jsonl
+plait eval --compare -n 200         against the twin, in turn, one at a time
+
+Accuracy with its interval, fork decisions, tokens, critical path, wall time.
+With --out each result is written at once, and the same command goes on later.
+"""),
+)
+@click.option(
+    "--family", "families", default="all", show_default=True, metavar="NAME[,NAME]", help="See `plait tasks`."
+)
+@click.option(
+    "-n", "n", type=click.IntRange(min=1), metavar="N", default=500, show_default=True, help="Problems of each family."
+)
+@click.option("--compare", is_flag=True, help="Run the sequential twin too, in turn; batch 1.")
+@_JSON
+@click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Results as JSONL; resumed if it exists.")
+@_MODEL
+@_ENGINE
+@_TWIN
+@click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="At once; default 16, with --compare 1.")
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Which problems are drawn.")
+@click.option("--split", type=click.Choice(["held_out", "train"]), default="held_out", show_default=True)
+def evaluate(families: str, **options: Any) -> int:
+    from plait.commands.evaluate import Options, evaluation
+
+    return evaluation(Options(families=[name.strip() for name in families.split(",") if name.strip()], **options))
+
+
+@main.group(help="Read logs of runs.")
+def trace() -> None:
+    pass
+
+
+@trace.command(
+    help=_lines("""
+Print the tree of a run that `plait solve --trace FILE` logged.
+
+plait trace show run.jsonl
+plait trace show run.jsonl --wire      to the token: what each engine call was given and sampled
+
+A log that was cut off is read up to its last whole line.
+""")
+)
+@click.argument("file", type=click.Path(dir_okay=False))
+@_JSON
+@click.option("--wire", is_flag=True, help="Control tokens, and what the runtime wrote.")
+@click.option("--lanes/--plain", default=None, help="With or without the timeline.")
+def show(file: str, as_json: bool, wire: bool, lanes: bool | None) -> int:
+    from plait.commands.trace import show as run
+
+    return run(file, as_json=as_json, wire=wire, lanes=lanes)
+
+
+@main.group(help="Train models (needs `pip install 'plait[train]'`).")
+def train() -> None:
+    pass
+
+
+@train.command(
+    help=_lines("""
+Train a model on gold traces; the same command goes on with a run that was stopped.
+
+plait train sft configs/sft_multiverse.toml --out runs/adaptive
+plait train sft configs/sft_multiverse.toml --set schedule.tokens=2000000 --dry-run
+
+The run folder holds the resolved config, the checkpoint, metrics.jsonl, and
+model.gguf, which `--model` takes.
+""")
+)
+@click.argument("config", type=click.Path(dir_okay=False))
+@click.option("--out", type=click.Path(file_okay=False), metavar="FOLDER", help="Run folder; default runs/CONFIG.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with what the folder holds.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved config and stop.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value: schedule.tokens=1000.")
+@click.option(
+    "--decode",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="Problems of a family decoded per evaluation.",
+)
+def sft(config: str, **options: Any) -> int:
+    from plait.commands.train import train_sft
+
+    return train_sft(config, **options)
+
+
+@main.command(help="List the embedded models, or describe one.")
+@click.argument("name", required=False)
+@_JSON
+def models(name: str | None, as_json: bool) -> int:
+    from plait.commands.lists import models as run
+
+    return run(name, as_json=as_json)
+
+
+@main.command(help="List the trajectory formats.")
+@_JSON
+def formats(as_json: bool) -> int:
+    from plait.commands.lists import formats as run
+
+    return run(as_json=as_json)
+
+
+@main.command(
+    help=_lines("""
+List the problem families: what can be asked.
+
+plait tasks countdown --sample 2       examples with their gold traces
+""")
+)
+@click.argument("family", required=False)
+@click.option("--sample", type=click.IntRange(min=0), default=0, metavar="N", help="Examples with gold traces.")
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Which examples.")
+@_JSON
+def tasks(family: str | None, sample: int, seed: int, as_json: bool) -> int:
+    from plait.commands.lists import families
+
+    return families(as_json=as_json, sample=sample, seed=seed, family=family)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What each command of `plait` does, as a function; the command line parses and calls one of these."""

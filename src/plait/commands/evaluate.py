@@ -1,0 +1,213 @@
+"""`plait eval`: many held-out problems, one record each, resumable; tables and figures from the records."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+from plait import tasks
+from plait.bench import Record, RecordFile, compare, evaluate, problems, read_records, result
+from plait.bench.report import report
+from plait.bench.runner import by_model, engine_options
+from plait.commands.choosing import Choice, choose, choose_twin
+from plait.errors import RequestError
+from plait.tasks import Problem, Split
+from plait.terminal.truth import wall
+from plait.types import Budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What `plait eval` can be told."""
+
+    families: Sequence[str] = ()
+    """Empty: all that the model was trained on."""
+    n: int = 500
+    model: str | None = None
+    engine: str | None = None
+    twin: str | None = None
+    compare: bool = False
+    as_json: bool = False
+    out: str | None = None
+    concurrency: int | None = None
+    seed: int = 0
+    split: Split = "held_out"
+    budget: Budget = field(default_factory=Budget)
+
+
+def evaluation(options: Options) -> int:
+    """Run what the records do not hold yet, then print the tables; with `as_json` one object as the last line.
+
+    Raises:
+        RequestError: The options ask for what there is not.
+        ModelError, EngineError, LogError: Weights, engine or results file failed.
+    """
+    if options.compare and options.concurrency not in (None, 1):
+        raise RequestError("--compare measures wall time one problem at a time: leave out --concurrency")
+    choice = choose(options.model, engine=options.engine)
+    twin = choose_twin(choice, options.twin) if options.compare else None
+    families = _families(options.families, choice)
+    drawn = problems(families, options.n, seed=options.seed, split=options.split)
+    concurrency = 1 if twin else options.concurrency or 16
+    earlier = read_records(options.out) if options.out else []
+    sides = [side for side in (choice, twin) if side is not None]
+    kept = _kept(earlier, drawn, sides, concurrency, options.seed)
+    with RecordFile(options.out) if options.out else nullcontext() as file:
+        progress = _Progress(len(drawn) * len(sides), len(kept))
+
+        def on_record(record: Record) -> None:
+            if file is not None:
+                file.write(record)
+            progress.step(record)
+
+        with progress:
+            anyio.run(_run, drawn, sides, kept, concurrency, options, on_record)
+    records = _ordered([*kept.values(), *progress.records], drawn)
+    return _print(records, sides, options)
+
+
+def _families(names: Sequence[str], choice: Choice) -> list[str]:
+    trained = list(choice.model.families or tasks.FAMILIES)
+    if not names or list(names) == ["all"]:
+        return trained
+    for name in names:
+        tasks.family(name)
+    return list(dict.fromkeys(names))
+
+
+Kept = dict[tuple[str, str], Record]
+
+
+def _kept(
+    earlier: Sequence[Record], drawn: Sequence[Problem], sides: Sequence[Choice], concurrency: int, seed: int
+) -> Kept:
+    """Earlier records that are what this call would measure, by prompt and model."""
+    prompts = {problem.prompt for problem in drawn}
+    models = {side.model.id for side in sides}
+    return {
+        (r.prompt, r.model): r
+        for r in earlier
+        if r.prompt in prompts and r.model in models and r.concurrency == concurrency and r.seed == seed
+    }
+
+
+async def _run(
+    drawn: Sequence[Problem], sides: Sequence[Choice], kept: Kept, concurrency: int, options: Options, on_record: Any
+) -> None:
+    if all((p.prompt, s.model.id) in kept for p in drawn for s in sides):
+        return
+    engine_settings = engine_options(sides[0].engine, concurrency)
+    if len(sides) > 1:
+        await compare(
+            drawn,
+            models=[side.model for side in sides],
+            engine=sides[0].engine,
+            options=engine_settings,
+            budget=options.budget,
+            seed=options.seed,
+            skip=kept,
+            on_record=on_record,
+        )
+        return
+    (side,) = sides
+    async with side.model.open_engine(side.engine, **engine_settings) as engine:
+        await evaluate(
+            (p for p in drawn if (p.prompt, side.model.id) not in kept),
+            engine=engine,
+            format=side.model.format,
+            tokenizer=side.model.tokenizer,
+            model=side.model.id,
+            budget=options.budget,
+            concurrency=concurrency,
+            seed=options.seed,
+            on_record=on_record,
+        )
+
+
+def _ordered(records: Sequence[Record], drawn: Sequence[Problem]) -> list[Record]:
+    place = {problem.prompt: number for number, problem in enumerate(drawn)}
+    return sorted(records, key=lambda r: place[r.prompt])
+
+
+def _print(records: Sequence[Record], sides: Sequence[Choice], options: Options) -> int:
+    split = by_model(records)
+    own = split.get(sides[0].model.id, [])
+    twin = split.get(sides[1].model.id, []) if len(sides) > 1 else []
+    described = f"{sides[0].model.id} in {sides[0].model.format_name} on {sides[0].engine}"
+    against = f", against {sides[1].model.id}" if len(sides) > 1 else ""
+    at_once = own[0].concurrency if own else 1
+    if options.as_json:
+        about: dict[str, Any] = {
+            "model": sides[0].model.id,
+            "format": sides[0].model.format_name,
+            "engine": sides[0].engine,
+            "twin": sides[1].model.id if len(sides) > 1 else None,
+            "split": options.split,
+            "seed": options.seed,
+            "concurrency": at_once,
+        }
+        print(json.dumps(about | result(own, twin)))
+    else:
+        print(f"{described}{against}; {options.split} problems, seed {options.seed}, {at_once} at a time, greedy\n")
+        print(report(own, twin))
+    return 0
+
+
+class _Progress:
+    """A line on standard error: how far, how right, how long still. A bar where it is a terminal."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.records: list[Record] = []
+        self._total, self._before = total, done
+        self._right = 0
+        self._shown = 0.0
+        self._tty = sys.stderr.isatty()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        if self._before:
+            print(f"{self._before} of {self._total} are there already", file=sys.stderr)
+        return self
+
+    def step(self, record: Record) -> None:
+        self.records.append(record)
+        self._right += record.right
+        now = time.monotonic()
+        if now - self._shown > (0.1 if self._tty else 30.0):
+            self._shown = now
+            self._show(now)
+
+    def _show(self, now: float) -> None:
+        done, new = self._before + len(self.records), len(self.records)
+        left = (now - self._started) / new * (self._total - done) if new else 0.0
+        width = 24
+        filled = width * done // max(1, self._total)
+        bar = "━" * filled + "─" * (width - filled)
+        right = 100 * self._right / max(1, new)
+        line = f"{bar} {done}/{self._total}  right {right:.1f} %  left {_clock(left)}"
+        if self._tty:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+            sys.stderr.write(f"\r{line[: columns - 1]}\x1b[K")
+        else:
+            sys.stderr.write(f"{done}/{self._total}, left {_clock(left)}\n")
+        sys.stderr.flush()
+
+    def __exit__(self, kind: object, exc: object, tb: object) -> None:
+        took = time.monotonic() - self._started
+        if self._tty and self.records:
+            sys.stderr.write("\r\x1b[K")
+        if self.records:
+            print(f"{len(self.records)} runs in {wall(took)}", file=sys.stderr)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

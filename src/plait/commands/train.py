@@ -1,0 +1,94 @@
+"""`plait train sft`: reads a config, trains, and scores the model by true decoding as it goes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plait.errors import PlaitError, RequestError
+
+
+class TrainingMissing(RequestError):
+    """What training needs is not installed."""
+
+
+def train_sft(
+    config: str,
+    *,
+    out: str | None = None,
+    resume: bool = True,
+    dry_run: bool = False,
+    settings: Sequence[str] = (),
+    decode: int = 16,
+) -> int:
+    """Train, or go on with a run that was interrupted.
+
+    Args:
+        config: A TOML file.
+        out: Run folder; default `runs/` and the config's name.
+        dry_run: Print the resolved config and stop.
+        settings: Overrides as `section.key=value`; values are TOML, or plain text.
+        decode: Problems of each family that every evaluation decodes; 0 for none.
+
+    Returns:
+        The exit code: 0, or 130 where it was interrupted.
+
+    Raises:
+        RequestError: Torch is missing, or the config asks for what there is not.
+        ModelError: The folder holds another run.
+    """
+    try:
+        from plait.train import sft
+    except ImportError as exc:
+        raise TrainingMissing(
+            f"training needs {exc.name or 'torch'}, which is not installed: pip install 'plait[train]' "
+            "(for a CPU: --extra-index-url https://download.pytorch.org/whl/cpu keeps it small)"
+        ) from exc
+    resolved = sft.load_config(config, overrides(settings))
+    if dry_run:
+        print(sft.to_toml(resolved), end="")
+        return 0
+    folder = Path(out) if out else Path("runs") / Path(config).stem
+    families = [name for name, weight in resolved.data.mixture.items() if weight > 0]
+    outcome = sft.train(resolved, out=folder, resume=resume, on_eval=_scorer(families, decode) if decode else None)
+    print(f"{'finished' if outcome.finished else 'interrupted'}: {outcome.gguf}")
+    return 0 if outcome.finished else 130
+
+
+def _scorer(families: Sequence[str], n: int) -> Any:
+    def score(path: Path, step: int) -> Mapping[str, Any]:
+        from plait.bench import evaluate_gguf
+
+        try:
+            return evaluate_gguf(path, families=families, n=n)
+        except PlaitError as exc:
+            # Scores are a service; hours of training do not end over one that failed.
+            print(f"step {step}: not decoded: {exc}", file=sys.stderr)
+            return {}
+
+    return score
+
+
+def overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """Values by dotted name.
+
+    >>> overrides(["schedule.tokens=1000", "data.format=threadweaver"])
+    {'schedule.tokens': 1000, 'data.format': 'threadweaver'}
+
+    Raises:
+        RequestError: One is not `section.key=value`.
+    """
+    import tomllib
+
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name.strip():
+            raise RequestError(f"{setting!r} is not of the form section.key=value")
+        try:
+            values[name.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[name.strip()] = text.strip()
+    return values

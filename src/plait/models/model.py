@@ -1,0 +1,221 @@
+"""A trained model as a file: found by name or path, checked, ready to open in an engine.
+
+Weights carry what they were trained in (format, join, tokenizer, data) under `plait.config`; loading them under
+another format is refused, because the join is part of the function that a model computes. Runs nothing itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait import tasks
+from plait.engines import Engine, open_engine
+from plait.engines.scripted import Script
+from plait.errors import ModelError, RequestError, nearest
+from plait.formats import FORMATS, TrajectoryFormat, open_format
+from plait.models.header import Header, read_header
+from plait.tokenizer import FixedTokenizer, Tokenizer
+from plait.tree import Tree
+from plait.types import JoinKind, Request
+
+DEFAULT = "plait-tiny"
+NAMES = (DEFAULT, "plait-tiny-sequential")
+"""The adaptive model, and its sequential twin: same size, data and tokens seen, traces serialised."""
+WEIGHTS = Path(__file__).with_name("weights")
+TWIN = "-sequential"
+"""Where a model is called X, its twin is called X and this."""
+_SUMS = "SHA256SUMS"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Weights on disk and what they say of themselves; nothing is loaded into memory yet."""
+
+    name: str
+    path: Path | None
+    """None: no weights, a script."""
+    digest: str
+    """SHA-256 of the file."""
+    format_name: str
+    """The only trajectory format these weights can be run in."""
+    join: JoinKind
+    tokenizer: FixedTokenizer
+    max_context: int
+    num_weights: int
+    dtype: str
+    train: Mapping[str, Any]
+    """The config it was trained with."""
+    scores: Mapping[str, Any]
+    """What its training measured."""
+    script: Script | None = None
+    """What the scripted engine says in place of weights."""
+
+    @property
+    def id(self) -> str:
+        """Name and content: two files of the same name and different weights differ."""
+        return f"{self.name}@{self.digest[:8]}" if self.digest else self.name
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine that runs it where none is asked for."""
+        return "llamacpp" if self.script is None else "scripted"
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Problem families it was trained on; empty where the weights do not say."""
+        mixture: Mapping[str, float] = self.train.get("data", {}).get("mixture", {})
+        return tuple(name for name, weight in mixture.items() if weight > 0)
+
+    @property
+    def format(self) -> TrajectoryFormat:
+        """That format, over this model's vocabulary."""
+        return open_format(self.format_name, self.tokenizer)
+
+    def open_engine(self, name: str | None = None, **options: Any) -> Engine:
+        """An engine over these weights, not started.
+
+        Raises:
+            RequestError: No engine has this name, it has no such option, or it takes no weights.
+            EngineUnavailable: A library it needs is not installed.
+        """
+        name = name or self.engine
+        if self.script is not None and name == "scripted":
+            return open_engine(name, script=self.script, **options)
+        if self.path is None or name == "scripted":
+            raise RequestError(f"the {name} engine cannot run {self.name}; it runs in {self.engine}")
+        return open_engine(name, path=self.path, **options)
+
+    def request(self, question: str, **settings: Any) -> Request:
+        """A question in plain words as a request.
+
+        Args:
+            settings: Of the `Request`: budget, temperature, seed and so on.
+
+        Raises:
+            RequestError: No family that this model was trained on has such questions; the message says which have.
+        """
+        problem = tasks.parse(question)
+        if self.families and problem.family not in self.families:
+            raise RequestError(
+                f"{self.name} was not trained on {problem.family} problems, only on {', '.join(self.families)}"
+            )
+        return Request(prompt_ids=prompt_ids(self.tokenizer, problem.prompt), **settings)
+
+    def text(self, tree: Tree) -> str:
+        """What the root thread sampled: where the answer is looked for. Threads and prompt do not count."""
+        return response_text(tree, self.tokenizer)
+
+    def answer(self, tree: Tree) -> str | None:
+        """The answer that a run gives; None where it gives none."""
+        return tasks.answer_of(self.text(tree))
+
+
+def prompt_ids(tokenizer: FixedTokenizer, prompt: str) -> tuple[int, ...]:
+    """A canonical question as a model reads it: what the trainer puts in front of a trace."""
+    return (*tokenizer.bos_ids, *tokenizer.encode(prompt))
+
+
+def response_text(tree: Tree, tokenizer: Tokenizer) -> str:
+    """What the root thread sampled."""
+    return tokenizer.decode([id for s in tree.segments.values() if s.thread == "0" for id in s.sampled_ids])
+
+
+def load_model(name_or_path: str = DEFAULT, *, format: str | None = None) -> Model:
+    """Find a model, check its file, read what it says of itself.
+
+    Args:
+        name_or_path: One of `NAMES`, or the path of a GGUF file that `plait train` wrote.
+        format: The format it is wanted in; None takes the one it was trained in.
+
+    Raises:
+        RequestError: No model has this name, or it was trained in another format.
+        ModelError: The file is missing, corrupt, or no model of Plait's.
+    """
+    path, name = _find(name_or_path)
+    header = read_header(path)
+    about = _about(path, header)
+    model = _model(path, name, header, about)
+    if format is not None and format != model.format_name:
+        if format not in FORMATS:
+            raise nearest(format, list(FORMATS), "format")
+        raise RequestError(
+            f"{model.name} was trained in the {model.format_name} format and cannot be run in {format}: "
+            f"a {model.join} join is part of what it learned. Leave out the format, or name weights trained in {format}"
+        )
+    return model
+
+
+def twin_name(model: Model) -> str:
+    """Name or path of a model's sequential twin, by convention."""
+    if model.path is None or model.path.parent == WEIGHTS:
+        return f"{model.name}{TWIN}"
+    return str(model.path.with_name(f"{model.path.stem}{TWIN}{model.path.suffix}"))
+
+
+def _find(name_or_path: str) -> tuple[Path, str]:
+    if name_or_path in NAMES:
+        path = WEIGHTS / f"{name_or_path}.gguf"
+        if not path.exists():
+            raise ModelError(f"the weights of {name_or_path} are missing ({path}); install the package again")
+        return path, name_or_path
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        # A run folder holds `model.gguf`: the folder says which.
+        return path, path.parent.name if path.stem == "model" and path.parent.name else path.stem
+    if path.suffix == ".gguf" or len(path.parts) > 1:
+        raise ModelError(f"there is no model file {path}")
+    unknown = nearest(name_or_path, list(NAMES), "model")
+    raise RequestError(f"{unknown}; or give the path of a GGUF file that `plait train sft` wrote")
+
+
+def _about(path: Path, header: Header) -> Mapping[str, Any]:
+    text = header.metadata.get("plait.config")
+    if not isinstance(text, str):
+        raise ModelError(
+            f"{path} is a GGUF file, but not one that Plait trained (it has no plait.config): its tokenizer and "
+            "trajectory format are not known. `plait train sft` writes files that are"
+        )
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        raise ModelError(f"the plait.config of {path} cannot be read: {exc}; export the model again") from exc
+
+
+def _model(path: Path, name: str, header: Header, about: Mapping[str, Any]) -> Model:
+    try:
+        tokens = about["tokenizer"]
+        tokenizer = FixedTokenizer(tokens["tokens"], control=tokens["control"], bos=tokens["bos"], eos=tokens["eos"])
+        architecture = header.metadata["general.architecture"]
+        return Model(
+            name=name,
+            path=path,
+            digest=_digest(path),
+            format_name=about["format"],
+            join=about["join"],
+            tokenizer=tokenizer,
+            max_context=int(header.metadata[f"{architecture}.context_length"]),
+            num_weights=header.num_weights,
+            dtype=header.dtype,
+            train=about.get("train", {}),
+            scores=about.get("scores", {}),
+        )
+    except (KeyError, TypeError, AssertionError) as exc:
+        raise ModelError(f"the plait.config of {path} is incomplete ({exc}); export the model again") from exc
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of the file, held against the sums beside it where there are any."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    sums = path.with_name(_SUMS)
+    if sums.exists():
+        for line in sums.read_text().splitlines():
+            expected, _, name = line.partition("  ")
+            if name.strip() == path.name and expected != digest:
+                raise ModelError(f"the model file {path} is corrupt (see {_SUMS}); install the package again")
+    return digest
