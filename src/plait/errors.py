@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any
 
 
 class PlaitError(Exception):
@@ -97,6 +98,50 @@ def boundary(what: str) -> Iterator[None]:
         raise
     except Exception as exc:
         raise EngineError(f"{what} failed: {type(exc).__name__}: {exc}") from exc
+
+
+class Failures:
+    """Unwraps the exception groups of nested task groups: the first failure, bare, the others as its notes.
+
+    Groups do not keep the order in which their members failed; this does.
+    """
+
+    def __init__(self) -> None:
+        self._in_order: list[BaseException] = []
+
+    @contextmanager
+    def noting(self, *, groups: bool = False) -> Iterator[None]:
+        """Remember a failure inside, and let it pass.
+
+        Args:
+            groups: Whether a group counts as one failure, to be kept whole; else its members were noted before.
+        """
+        try:
+            yield
+        except Exception as exc:
+            if groups or not isinstance(exc, BaseExceptionGroup):
+                self._in_order.append(exc)
+            raise
+
+    def first(self, group: BaseExceptionGroup[Any], *, cancelled: type[BaseException]) -> BaseException | None:
+        """The failure that came first; None where nothing was but cancellations."""
+        found = [exc for exc in _leaves(group) if not isinstance(exc, cancelled)]
+        exits = [exc for exc in found if not isinstance(exc, Exception)]
+        for first in (*exits, *self._in_order, *found):
+            # By its members: a scheduler may have rebuilt the group on the way.
+            own = {id(exc) for exc in _leaves(first)}
+            others = [exc for exc in found if id(exc) not in own]
+            if len(others) < len(found):
+                for other in others:
+                    first.add_note(f"also failed: {other!r}")
+                return first
+        return None
+
+
+def _leaves(exc: BaseException) -> list[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        return [leaf for inner in exc.exceptions for leaf in _leaves(inner)]
+    return [exc]
 
 
 def nearest(given: str, allowed: list[str], what: str) -> RequestError:

@@ -21,8 +21,8 @@ Source: the fork and join of ThreadWeaver (Lian et al. 2025, arXiv:2512.07843).
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
@@ -32,7 +32,7 @@ import anyio
 from plait.budget import Gate, Share, limit
 from plait.channel import Channel
 from plait.engines.base import Engine
-from plait.errors import ContextLengthError, EngineProtocolError, UnsupportedJoin, boundary
+from plait.errors import ContextLengthError, EngineProtocolError, Failures, UnsupportedJoin, boundary
 from plait.events import Event, RunEnded, RunStarted, SegmentEnded, SegmentStarted, ThreadForked, TokensSampled
 from plait.formats.base import Fork, Malformed, ThreadOutcome, TrajectoryFormat
 from plait.tree import Tree
@@ -84,14 +84,11 @@ async def open_run(
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(program.main)
-            try:
+            with program.failures.noting(groups=True):
                 yield Run(program.tree, program.channel)
-            except Exception as exc:
-                program.failures.append(exc)
-                raise
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        failure = program.first_failure(group)
+        failure = program.failures.first(group, cancelled=anyio.get_cancelled_exc_class())
         if failure is None:
             raise
     finally:
@@ -165,7 +162,7 @@ class _Program:
         self.meta = {"engine": engine.name, "format": format.name, "budget": asdict(request.budget), **meta}
         self.tree, self.channel = Tree(), Channel(CHANNEL_SIZE)
         self.gate = Gate(request.budget.max_concurrent_threads)
-        self.failures: list[BaseException] = []
+        self.failures = Failures()
         self.started = anyio.current_time()
         seconds = request.budget.deadline_s
         self.deadline = math.inf if seconds is None else self.started + seconds
@@ -180,7 +177,7 @@ class _Program:
             share=Share.whole(self.request.budget),
             end=self.engine.max_context,
         )
-        with self.noting_failures():
+        with self.failures.noting():
             await self.tell(RunStarted(seed=self.request.seed, meta=self.meta))
             await self.thread(root)
             await self.tell(RunEnded(stop=root.stop, note=root.note, t=self.now()))
@@ -251,7 +248,7 @@ class _Program:
 
     async def branch(self, thread: _Thread) -> None:
         """Run a thread of a block; write its closer where it did not."""
-        with self.noting_failures():
+        with self.failures.noting():
             await self.thread(thread)
             closer = self.format.closer_ids(self.outcome(thread))
             if closer:
@@ -414,32 +411,6 @@ class _Program:
             header_ids=thread.header_ids, token_ids=tuple(ids[len(thread.header_ids) :]), stop=thread.stop
         )
 
-    @contextmanager
-    def noting_failures(self) -> Iterator[None]:
-        """Remember failures in the order in which they happen; exception groups do not keep it."""
-        try:
-            yield
-        except BaseExceptionGroup:
-            raise  # of a block: its threads noted their own
-        except Exception as exc:
-            self.failures.append(exc)
-            raise
-
-    def first_failure(self, group: BaseExceptionGroup[BaseException]) -> BaseException | None:
-        """The failure that ended the run, later ones as its notes; None where it was only cancelled."""
-        cancelled = anyio.get_cancelled_exc_class()
-        found = [exc for exc in _leaves(group) if not isinstance(exc, cancelled)]
-        exits = [exc for exc in found if not isinstance(exc, Exception)]
-        for first in (*exits, *self.failures, *found):
-            # A group that the run's reader raised stays whole, though its scheduler may have rebuilt it.
-            own = _leaves(first)
-            if any(exc is other for exc in own for other in found):
-                for other in found:
-                    if not any(exc is other for exc in own):
-                        first.add_note(f"also failed: {other!r}")
-                return first
-        return None
-
     def end_what_is_open(self, note: str) -> None:
         """After an early end, let the tree say which segments were cut off."""
         for segment in self.tree.segments.values():
@@ -470,10 +441,3 @@ def _check_stop(stop: StopReason, sampled: Sequence[int], params: SamplingParams
     ends = {StopReason.STOP: params.stop_ids, StopReason.EOS: params.eos_ids, StopReason.LENGTH: sampled[-1:]}
     if not sampled or sampled[-1] not in ends.get(stop, ()):
         raise EngineProtocolError(f"C4: a call stopped with {stop.value!r}, its last token is {sampled[-1:]}")
-
-
-def _leaves(exc: BaseException) -> list[BaseException]:
-    """The exceptions of nested groups."""
-    if isinstance(exc, BaseExceptionGroup):
-        return [leaf for inner in exc.exceptions for leaf in _leaves(inner)]
-    return [exc]
