@@ -1,0 +1,296 @@
+"""llama.cpp by ctypes, out of the `xllamacpp` wheel: a model, a context, one decode a step. Knows nothing of calls.
+
+The wheel's extension module exports llama.cpp's C API, which its authors do not promise to keep. So the version is
+pinned, and the structs that cross the border by value are checked against the documented defaults before use.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import importlib.metadata
+import importlib.util
+from collections import deque
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plait.errors import EngineUnavailable, ModelError
+
+VERSION = "2026.10.11549"
+INSTALL = f"pip install xllamacpp=={VERSION}"
+MAX_SEQS = 256
+"""llama.cpp's own limit of sequences in a context."""
+
+_i32, _u32, _bool, _f32, _ptr, _size = C.c_int32, C.c_uint32, C.c_bool, C.c_float, C.c_void_p, C.c_size_t
+_ERROR_LEVEL = 4
+_LOG = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)
+
+
+class _ModelParams(C.Structure):
+    _fields_ = [
+        *[(n, _ptr) for n in ("devices", "tensor_buft_overrides")],
+        *[(n, _i32) for n in ("n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu")],
+        *[(n, _ptr) for n in ("tensor_split", "progress_callback", "progress_data", "kv_overrides")],
+        *[(n, _bool) for n in ("vocab_only", "check_tensors", "use_extra_bufts", "no_host", "no_alloc", "load_mtp")],
+    ]
+
+
+class _ContextParams(C.Structure):
+    _fields_ = [
+        *[(n, _u32) for n in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")],
+        *[(n, _u32) for n in ("n_outputs_max", "n_outputs_max_per_seq")],
+        *[(n, _i32) for n in ("n_threads", "n_threads_batch", "ctx_type", "rope_scaling_type", "pooling_type")],
+        *[(n, _i32) for n in ("attention_type", "flash_attn_type")],
+        *[(n, _f32) for n in ("rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor")],
+        *[(n, _f32) for n in ("yarn_beta_fast", "yarn_beta_slow")],
+        ("yarn_orig_ctx", _u32),
+        ("defrag_thold", _f32),
+        *[(n, _ptr) for n in ("cb_eval", "cb_eval_data")],
+        *[(n, _i32) for n in ("type_k", "type_v")],
+        ("moe_cache_size", _size),
+        *[(n, _ptr) for n in ("abort_callback", "abort_data")],
+        *[(n, _bool) for n in ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")],
+        ("samplers", _ptr),
+        ("n_samplers", _size),
+        ("ctx_other", _ptr),
+    ]
+
+
+class _Batch(C.Structure):
+    _fields_ = [
+        ("n_tokens", _i32),
+        *[(n, _ptr) for n in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")],
+    ]
+
+
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "llama_backend_init": (None,),
+    "llama_log_set": (None, _ptr, _ptr),
+    "llama_model_default_params": (_ModelParams,),
+    "llama_context_default_params": (_ContextParams,),
+    "llama_model_load_from_file": (_ptr, C.c_char_p, _ModelParams),
+    "llama_model_free": (None, _ptr),
+    "llama_model_meta_val_str": (_i32, _ptr, C.c_char_p, C.c_char_p, _size),
+    "llama_model_n_ctx_train": (_i32, _ptr),
+    "llama_model_is_recurrent": (_bool, _ptr),
+    "llama_model_is_hybrid": (_bool, _ptr),
+    "llama_model_n_swa": (_i32, _ptr),
+    "llama_model_get_vocab": (_ptr, _ptr),
+    "llama_vocab_n_tokens": (_i32, _ptr),
+    "llama_init_from_model": (_ptr, _ptr, _ContextParams),
+    "llama_free": (None, _ptr),
+    "llama_n_ctx": (_u32, _ptr),
+    "llama_get_memory": (_ptr, _ptr),
+    "llama_memory_clear": (None, _ptr, _bool),
+    "llama_memory_seq_cp": (None, _ptr, _i32, _i32, _i32, _i32),
+    "llama_memory_seq_rm": (_bool, _ptr, _i32, _i32, _i32),
+    "llama_memory_seq_pos_max": (_i32, _ptr, _i32),
+    "llama_decode": (_i32, _ptr, _Batch),
+    "llama_get_logits": (_ptr, _ptr),
+}
+
+_errors: deque[str] = deque(maxlen=8)
+
+
+@_LOG
+def _log(level: int, text: bytes | None, _data: object) -> None:
+    """Keep llama.cpp off the terminal; its last errors go into our own messages."""
+    if level == _ERROR_LEVEL and text:
+        _errors.append(text.decode("utf-8", "replace").strip())
+
+
+def _last_error() -> str:
+    text = "; ".join(_errors)
+    _errors.clear()
+    return f": {text}" if text else ""
+
+
+@cache
+def library() -> Any:
+    """Open the wheel's library and check that it is the one this binding was written for.
+
+    Raises:
+        EngineUnavailable: It is not installed, or its version or struct layout is another.
+    """
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        raise EngineUnavailable(f"the llama.cpp engine needs the package xllamacpp; install it with: {INSTALL}")
+    version = importlib.metadata.version("xllamacpp")
+    if version != VERSION:
+        raise EngineUnavailable(f"xllamacpp is {version}, but this Plait was written for {VERSION}: {INSTALL}")
+    folder = Path(spec.origin).parent
+    files = [p for pattern in ("xllamacpp*.so", "xllamacpp*.pyd") for p in folder.glob(pattern)]
+    try:
+        lib = C.CDLL(str(files[0]))
+        for name, (result, *args) in _FUNCTIONS.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, args
+    except (IndexError, OSError, AttributeError) as exc:
+        raise EngineUnavailable(f"the library of xllamacpp {version} does not load ({exc}); try: {INSTALL}") from exc
+    if not layout_fits(lib.llama_model_default_params(), lib.llama_context_default_params()):
+        raise EngineUnavailable(f"the structs of xllamacpp {version} are not those of {VERSION}; install it: {INSTALL}")
+    lib.llama_log_set(C.cast(_log, _ptr), None)
+    lib.llama_backend_init()
+    return lib
+
+
+def layout_fits(model: Any, context: Any) -> bool:
+    """Whether the defaults read through our structs are llama.cpp's documented ones: a shifted field shows here."""
+    return (
+        (context.n_ctx, context.n_batch, context.n_ubatch, context.n_seq_max) == (512, 2048, 512, 1)
+        and (context.rope_scaling_type, context.pooling_type, context.attention_type) == (-1, -1, -1)
+        and (context.type_k, context.type_v) == (1, 1)
+        and bool(context.offload_kqv)
+        and not (context.kv_unified or context.embeddings or context.samplers or context.ctx_other)
+        and bool(model.use_extra_bufts)
+        and not model.vocab_only
+    )
+
+
+class Model:
+    """The weights of one GGUF file."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Load a file.
+
+        Raises:
+            ModelError: It is missing, not readable, not a GGUF, cut off, or of a kind that cannot be merged.
+            EngineUnavailable: llama.cpp is not installed in the right version.
+        """
+        path = Path(path)
+        _check_header(path)
+        self._lib = library()
+        _errors.clear()
+        self._handle = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
+        if not self._handle:
+            raise ModelError(f"llama.cpp cannot load {path}{_last_error()}")
+        self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._handle))
+        self.trained_context: int = self._lib.llama_model_n_ctx_train(self._handle)
+        windowed = self._lib.llama_model_n_swa(self._handle) > 0
+        if (
+            windowed
+            or self._lib.llama_model_is_recurrent(self._handle)
+            or self._lib.llama_model_is_hybrid(self._handle)
+        ):
+            self.close()
+            raise ModelError(f"{path} has recurrent or sliding-window layers, which cannot be merged or shared exactly")
+
+    @property
+    def handle(self) -> Any:
+        assert self._handle, "the model is closed"
+        return self._handle
+
+    def meta(self, key: str) -> str | None:
+        """A string of the file's header, None if it has no such key."""
+        size = self._lib.llama_model_meta_val_str(self.handle, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = C.create_string_buffer(size + 1)
+        self._lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, size + 1)
+        return buffer.value.decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Free the weights; again is fine."""
+        if self._handle:
+            self._lib.llama_model_free(self._handle)
+            self._handle = None
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as exc:
+        raise ModelError(f"cannot read the weight file {path}: {exc.strerror or exc}") from exc
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF weight file (it starts with {magic!r})")
+
+
+class Decoder:
+    """One llama.cpp context: a pool of cells, shared by sequences, and the arrays of one batch.
+
+    Rows are written straight into `tokens`, `positions`, `seq_ids`, `num_seqs` and `outputs`. A row may belong to
+    several sequences (`seq_ids[row, :num_seqs[row]]`): its cell is then shared, and it attends as the last of them.
+    """
+
+    def __init__(
+        self, model: Model, *, cells: int, max_seqs: int, max_rows: int, threads: int, flash: bool, wide_cache: bool
+    ) -> None:
+        self._lib, self._model = model._lib, model
+        params = self._lib.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = cells, max_seqs
+        params.n_batch = params.n_ubatch = max_rows
+        params.n_threads = params.n_threads_batch = threads
+        params.kv_unified = True  # one pool of cells: a fork sets a bit per cell, a part of a sequence can be copied
+        params.flash_attn_type = int(flash)
+        params.type_k = params.type_v = 0 if wide_cache else 1
+        params.no_perf = True
+        _errors.clear()
+        self._handle = self._lib.llama_init_from_model(model.handle, params)
+        if not self._handle:
+            raise ModelError(f"llama.cpp cannot make a context of {cells} cells{_last_error()}")
+        self.cells = int(self._lib.llama_n_ctx(self._handle))
+        self._memory = self._lib.llama_get_memory(self._handle)
+        self.tokens = np.zeros(max_rows, np.int32)
+        self.positions = np.zeros(max_rows, np.int32)
+        self.seq_ids = np.zeros((max_rows, max_seqs), np.int32)
+        self.num_seqs = np.ones(max_rows, np.int32)
+        self.outputs = np.zeros(max_rows, np.int8)
+        self._rows = self.seq_ids.ctypes.data + np.arange(max_rows, dtype=np.uint64) * (4 * max_seqs)
+        self._batch = _Batch(
+            0,
+            self.tokens.ctypes.data,
+            None,
+            self.positions.ctypes.data,
+            self.num_seqs.ctypes.data,
+            self._rows.ctypes.data,
+            self.outputs.ctypes.data,
+        )
+        self._views: dict[int, npt.NDArray[np.float32]] = {}
+        self._decode, self._get_logits = self._lib.llama_decode, self._lib.llama_get_logits
+
+    def decode(self, rows: int) -> int:
+        """Run the first `rows` rows. Returns llama.cpp's code: 0 is well, 1 no room, below 0 an invalid batch."""
+        batch = self._batch
+        batch.n_tokens = rows
+        return self._decode(self._handle, batch)
+
+    def logits(self, count: int) -> npt.NDArray[np.float32]:
+        """Logits [count, vocabulary] of the rows with `outputs`, in order. A view, overwritten by the next decode."""
+        address = self._get_logits(self._handle)
+        view = self._views.get(address)
+        if view is None:
+            # The buffer moves only when it grows, so there are few addresses; rows beyond `count` are never touched.
+            shape = (len(self.tokens), self._model.vocab_size)
+            raw = (_f32 * (shape[0] * shape[1])).from_address(address)
+            view = self._views[address] = np.frombuffer(raw, np.float32).reshape(shape)
+        return view[:count]
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Let `target` share the cells of `source` at positions start <= p < end. No data moves."""
+        self._lib.llama_memory_seq_cp(self._memory, source, target, start, end)
+
+    def remove(self, seq: int) -> None:
+        """Take all cells from a sequence."""
+        self._lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
+
+    def last_position(self, seq: int) -> int:
+        """The largest position a sequence holds, -1 if it holds none."""
+        return self._lib.llama_memory_seq_pos_max(self._memory, seq)
+
+    def clear(self) -> None:
+        """Empty every cell."""
+        self._lib.llama_memory_clear(self._memory, False)
+
+    def last_error(self) -> str:
+        """What llama.cpp last complained about, for an error message."""
+        return _last_error()
+
+    def close(self) -> None:
+        """Free the context; again is fine."""
+        if self._handle:
+            self._lib.llama_free(self._handle)
+            self._handle = None

@@ -1,0 +1,118 @@
+"""Next tokens of all rows of a batch at once, with as few numpy calls as possible. Knows nothing of sequences.
+
+Shapes: S slots (rows that sample), V vocabulary. Greedy rows cost one argmax for all of them together; a row's random
+numbers come from its own call's seed, so what it draws does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from plait.types import SamplingParams
+
+Floats = npt.NDArray[np.float32]
+_BLOCK = 64
+
+
+def uniforms(seed: int) -> Iterator[float]:
+    """An endless stream of numbers in [0, 1) that depends on the seed only."""
+    generator = np.random.Generator(np.random.Philox(seed & (2**64 - 1)))
+    while True:
+        yield from generator.random(_BLOCK).tolist()
+
+
+class Sampler:
+    """The sampling parameters of every slot as tables, and one method that samples all slots."""
+
+    def __init__(self, max_slots: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._stops_SV = np.zeros((max_slots, vocab_size), bool)
+        self._banned_SV = np.zeros((max_slots, vocab_size), bool)
+        self._work_SV = np.empty((max_slots, vocab_size), np.float32)
+        self._sums_S = np.empty(max_slots, np.float32)
+        self._rows_S = np.arange(max_slots) * vocab_size
+        self._params: list[SamplingParams | None] = [None] * max_slots
+        self._draws: list[Iterator[float] | None] = [None] * max_slots
+        self._hot: list[int] = []
+        self._bans = self._scored = False
+
+    def place(self, slot: int, params: SamplingParams, draws: Iterator[float] | None) -> None:
+        """Say how a slot samples. Call `arrange` after the last one."""
+        self._params[slot], self._draws[slot] = params, draws
+        for table_SV, ids in (
+            (self._stops_SV, (*params.stop_ids, *params.eos_ids)),
+            (self._banned_SV, params.banned_ids),
+        ):
+            table_SV[slot] = False
+            table_SV[slot, [i for i in ids if 0 <= i < self._vocab_size]] = True
+
+    def arrange(self, slots: int) -> None:
+        """Take the first `slots` slots into use."""
+        params = [p for p in self._params[:slots] if p is not None]
+        self._hot = [i for i, p in enumerate(params) if p.temperature > 0]
+        self._bans = any(p.banned_ids for p in params)
+        self._scored = any(p.logprobs for p in params)
+        self._silent = [i for i, p in enumerate(params) if not p.logprobs]
+
+    def sample(self, logits_SV: Floats, ids_S: npt.NDArray[np.int32], logprobs_S: Floats) -> bool:
+        """Write the next token of every slot, and its log-probability before temperature and filters.
+
+        Returns:
+            Whether any slot sampled one of its stop or eos ids.
+        """
+        slots = len(ids_S)
+        choice_SV = logits_SV
+        if self._bans:
+            choice_SV = np.where(self._banned_SV[:slots], np.float32(-np.inf), logits_SV)
+        chosen_S = choice_SV.argmax(1)
+        if self._hot:
+            chosen_S[self._hot] = self._draw(choice_SV[self._hot])
+        flat_S = chosen_S + self._rows_S[:slots]
+        if self._scored:
+            work_SV = self._work_SV[:slots]
+            at_S = logits_SV.ravel().take(flat_S)
+            top_S = logits_SV.max(1) if self._hot or self._bans else at_S
+            np.subtract(logits_SV, top_S[:, None], out=work_SV)
+            np.exp(work_SV, out=work_SV)
+            # -log(sum) + at - top, and never above zero by rounding
+            sums_S = np.log(np.add.reduce(work_SV, 1, out=self._sums_S[:slots]))
+            np.minimum(at_S - top_S - sums_S if top_S is not at_S else -sums_S, 0, out=logprobs_S)
+            if self._silent:
+                logprobs_S[self._silent] = 0
+        else:
+            logprobs_S[:] = 0
+        ids_S[:] = chosen_S
+        return bool(self._stops_SV.ravel().take(flat_S).any())
+
+    def _draw(self, logits_HV: Floats) -> npt.NDArray[np.intp]:
+        """Sample the hot slots by inverting the cumulative distribution."""
+        params = [self._params[i] for i in self._hot]
+        draws = [self._draws[i] for i in self._hot]
+        scaled_HV = logits_HV.astype(np.float64)
+        scaled_HV /= np.array([[p.temperature] for p in params if p is not None])
+        scaled_HV -= scaled_HV.max(1, keepdims=True)
+        weights_HV = np.exp(scaled_HV)
+        for weights_V, p in zip(weights_HV, params, strict=True):
+            if p is not None and (p.top_k or p.top_p < 1):
+                _filter(weights_V, p.top_k, p.top_p)
+        sums_HV = weights_HV.cumsum(1)
+        at_H1 = np.array([[next(d)] for d in draws if d is not None]) * sums_HV[:, -1:]
+        chosen_H = (sums_HV <= at_H1).sum(1)
+        # Rounding may carry a draw past the last weight: take the likeliest token then.
+        beyond_H = chosen_H >= self._vocab_size
+        if beyond_H.any():
+            chosen_H[beyond_H] = weights_HV[beyond_H].argmax(1)
+        return chosen_H
+
+
+def _filter(weights_V: npt.NDArray[np.float64], top_k: int, top_p: float) -> None:
+    """Zero all but the `top_k` largest weights, then all but the fewest that hold `top_p` of what is left."""
+    order_V = np.argsort(-weights_V, kind="stable")
+    keep = min(top_k, len(order_V)) if top_k else len(order_V)
+    if top_p < 1:
+        sums = weights_V[order_V[:keep]].cumsum()
+        keep = min(keep, int((sums < top_p * sums[-1]).sum()) + 1)
+    weights_V[order_V[keep:]] = 0

@@ -1,0 +1,599 @@
+"""Continuous batching: every live call of every session in one decode a step. Runs in a thread of its own.
+
+A step is a *burst* as long as only sampling goes on: rows stay where they are, positions count up, and no Python object
+is made for a token. When calls arrive or end, one *mixed* step carries the sampling rows, the tokens of new contexts,
+and the last tokens of finished calls, which were sampled but not computed yet. Such a token is computed once, in a row
+that belongs to the finished sequence and to all that fork from it in the same step; so neither a fork nor a merge of
+threads that just ended costs a step of its own.
+
+Talks to the event loop by an inbox of messages and a `post` function; knows nothing of either side's library.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from plait.engines.llamacpp.binding import Decoder
+from plait.engines.llamacpp.cache import Cache, Node, Part, Seq, normalise
+from plait.engines.llamacpp.sampling import Sampler, uniforms
+from plait.errors import EngineError, EngineUnavailable
+from plait.types import Merge, SamplingParams, StopReason, context_cells
+
+_HISTORY = 256
+_MARGIN = 16
+"""Cells left free for each live call when another is let in, so that it is not pushed out again at once."""
+
+
+class Call:
+    """One engine call, as the scheduler sees it."""
+
+    __slots__ = (
+        "context",
+        "draws",
+        "ends",
+        "ids",
+        "limit",
+        "logprobs",
+        "number",
+        "params",
+        "seen",
+        "sent",
+        "seq",
+        "user",
+    )
+
+    def __init__(self, number: int, context: tuple[Part, ...], params: SamplingParams, limit: int, user: Any) -> None:
+        self.number = number
+        """Calls count up; the youngest makes way where cells run out."""
+        self.context = context
+        self.params = params
+        self.limit = limit
+        """Tokens it may sample: `max_tokens` or what its context leaves."""
+        self.user = user
+        """Whatever the receiver of `post` needs."""
+        self.draws: Iterator[float] | None = uniforms(params.seed) if params.temperature > 0 else None
+        self.ends = frozenset((*params.stop_ids, *params.eos_ids))
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.sent = 0
+        self.seen = 0
+        """How many of `ids` were in the context it was last admitted with: more than none after it was pushed out."""
+        self.seq: Seq | None = None
+
+    @property
+    def need(self) -> int:
+        """Sequences it may hold at once: its own, and one a level of merges whose branches must be computed again."""
+        return 1 + _depth(self.context)
+
+    def resumed(self) -> tuple[Part, ...]:
+        """Its context and what it sampled so far."""
+        return normalise((*self.context, tuple(self.ids)))
+
+    def stop(self) -> StopReason | None:
+        """Why it ends after the token sampled last, if it does."""
+        last = self.ids[-1]
+        if last in self.ends:
+            return StopReason.STOP if last in self.params.stop_ids else StopReason.EOS
+        return StopReason.LENGTH if len(self.ids) >= self.limit else None
+
+
+def _depth(parts: tuple[Part, ...]) -> int:
+    return max((1 + max(map(_depth, p.branches)) for p in parts if isinstance(p, Merge)), default=0)
+
+
+class Fill:
+    """Brings a sequence to hold a context: that of a call, or a branch of a merge that is no longer cached."""
+
+    __slots__ = ("branch", "call", "parent", "parts", "seq", "sub", "tips")
+
+    def __init__(self, seq: Seq, parts: list[Part], *, call: Call | None = None, parent: Fill | None = None) -> None:
+        self.seq = seq
+        self.parts = parts
+        self.call = call
+        self.parent = parent
+        self.branch = 0
+        """Which branch of the parent's merge this is."""
+        self.sub: Fill | None = None
+        """The branch that is being computed for this one's merge."""
+        self.tips: dict[int, Node] = {}
+        """Branches of the merge at hand that this sequence already holds."""
+
+    @property
+    def tokens(self) -> int:
+        return context_cells(tuple(self.parts))
+
+
+Message: TypeAlias = tuple[Literal["submit", "cancel", "close"], "Call | None"]
+Delivery: TypeAlias = "tuple[Call, list[int], list[float], StopReason | None, EngineError | None]"
+
+
+class Scheduler:
+    """The calls of one decoder.
+
+    Args:
+        post: Called with what calls sampled, from this thread; must not block.
+        prefill_rows: Tokens of new contexts that one step computes while other calls sample; so a long prompt delays
+            each of their tokens by no more than this.
+        flush_s: Calls that go on sampling are heard of this often.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: Cache,
+        sampler: Sampler,
+        *,
+        post: Callable[[list[Delivery]], None],
+        prefill_rows: int,
+        flush_s: float,
+    ) -> None:
+        self._decoder, self._cache, self._sampler, self._post = decoder, cache, sampler, post
+        self._prefill_rows, self._flush_s = prefill_rows, flush_s
+        self.inbox: SimpleQueue[Message] = SimpleQueue()
+        self.queue: deque[Call] = deque()
+        self.fills: list[Fill] = []
+        self.slots: list[Call] = []
+        """Calls that sample; slot i is row i of every batch."""
+        self._tails: list[Seq] = []
+        """Sequences that ended while others go on: their last token is computed beside the others' next."""
+        self._merges_seen = False
+        """Until a context holds a merge, nobody needs the last tokens of threads early."""
+        self._ids = np.zeros((_HISTORY, cache.max_seqs), np.int32)
+        self._logprobs = np.zeros((_HISTORY, cache.max_seqs), np.float32)
+        self._steps = 0
+        """Steps since slots last changed, whose tokens are only in the history yet."""
+        self._rows = self._left = 0
+        self._flush_at = 0.0
+        self.prefill_tokens = self.reused_tokens = self.decode_tokens = self.steps = 0
+        self.decode_s = self.work_s = 0.0
+        """Seconds inside llama.cpp, and in all steps."""
+
+    @property
+    def active(self) -> int:
+        return len(self.slots) + sum(f.call is not None for f in self.fills)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Cells in use."""
+        return self._cache.used + self._tail_cells()
+
+    # The thread
+
+    def run(self) -> None:
+        """Work until told to close."""
+        try:
+            while self._receive():
+                start = perf_counter()
+                if self.queue or self.fills or (self._tails and self.slots):
+                    self._mixed()
+                if self.slots and not (self.fills or self._tails):
+                    self._burst()
+                self.work_s += perf_counter() - start
+        except Exception as exc:
+            error = EngineError(f"the llama.cpp engine failed, please report: {type(exc).__name__}: {exc}")
+            error.__cause__ = exc
+            self._fail(error)
+            self._refuse(error)
+        else:
+            self._fail(EngineUnavailable("the llama.cpp engine was closed while a call was running"))
+
+    def _refuse(self, error: EngineError) -> None:
+        """After a bug: answer every call with it until told to close."""
+        while (message := self.inbox.get())[0] != "close":
+            if message[0] == "submit" and message[1] is not None:
+                self._post([(message[1], [], [], None, error)])
+
+    def _receive(self) -> bool:
+        """Take in messages; wait for one if there is nothing to do. False when it is time to close."""
+        while not (self.inbox.empty() and (self.slots or self.fills or self.queue)):
+            kind, call = self.inbox.get()
+            if kind == "close":
+                return False
+            assert call is not None
+            if kind == "submit":
+                self.queue.append(call)
+            else:
+                self._cancel(call)
+        return True
+
+    def _cancel(self, call: Call) -> None:
+        if call in self.queue:
+            self.queue.remove(call)
+        elif call.seq is not None:
+            self._evict(call)
+
+    def _evict(self, call: Call) -> None:
+        """Take a live call's sequences away."""
+        assert call.seq is not None
+        for fill in [f for f in self.fills if _root(f).call is call]:
+            self.fills.remove(fill)
+            self._cache.drop(fill.seq)
+        if call in self.slots:
+            self._cache.drop(call.seq)
+            self.slots.remove(call)
+            self._arrange()
+        call.seq = None
+
+    def _push_out(self) -> bool:
+        """Send the youngest live call back to the queue; its tokens so far are kept. False if it is the only one."""
+        live = [_root(f).call for f in self.fills] + self.slots
+        calls = [c for c in live if c is not None]
+        if len(set(map(id, calls))) < 2:
+            return False
+        victim = max(calls, key=lambda c: c.number)
+        self._evict(victim)
+        self.queue.appendleft(victim)
+        return True
+
+    # A step
+
+    def _burst(self) -> None:
+        """Sample until a call ends, a message arrives, or it is time to tell what was sampled."""
+        slots = len(self.slots)
+        most = min(_HISTORY, min(c.limit - len(c.ids) for c in self.slots), self._room() // slots)
+        if most < 1:
+            return self._make_room()
+        decoder, sample, empty = self._decoder, self._sampler.sample, self.inbox.empty
+        positions, tokens = decoder.positions[:slots], decoder.tokens[:slots]
+        until, spent = self._flush_at, 0.0
+        for step in range(most):
+            start = perf_counter()
+            code = decoder.decode(slots)
+            logits = decoder.logits(slots)
+            now = perf_counter()
+            spent += now - start
+            if code:
+                return self._broken(code)
+            ended = sample(logits, tokens, self._logprobs[step, :slots])
+            self._ids[step, :slots] = tokens
+            positions += 1
+            self._steps += 1
+            if ended or now >= until or not empty():
+                break
+        self.decode_s += spent
+        self._settle()
+
+    def _mixed(self) -> None:
+        """One step that also lets calls in and computes what was given, not sampled."""
+        slots = len(self.slots)
+        if not self._plan_room(slots):
+            return
+        fed: list[tuple[Fill, tuple[int, ...]]] = []
+        self._rows = slots
+        self._admit()
+        if slots or self.fills:
+            self._feed_tails()
+        quota = self._prefill_rows if slots else len(self._decoder.tokens)
+        for fill in self.fills:  # grows where a branch has to be computed
+            share = max(1, min(quota, self._left) // max(1, len(self.fills) - len(fed)))
+            ids = self._advance(fill, share)
+            if ids:
+                fed.append((fill, ids))
+                quota = max(1, quota - len(ids))
+        if self._rows == 0:
+            return
+        start = perf_counter()
+        code = self._decoder.decode(self._rows)
+        if code:
+            return self._broken(code)
+        self._cache.land()
+        for fill, ids in fed:
+            self._cache.extend(fill.seq, ids)
+            self.prefill_tokens += len(ids)
+        self._decoder.positions[:slots] += 1
+        for fill in [f for f, _ in fed if not f.parts]:
+            self._filled(fill)
+        self._cache.trim()  # not earlier: what a new call shares or merges is live now
+        count = len(self.slots)
+        if count == 0:
+            self.decode_s += perf_counter() - start
+            self.steps += 1
+            return
+        logits = self._decoder.logits(count)
+        self.decode_s += perf_counter() - start
+        self._sampler.sample(logits, self._decoder.tokens[:count], self._logprobs[0, :count])
+        self._ids[0, :count] = self._decoder.tokens[:count]
+        self._steps = 1
+        self._settle()
+
+    def _settle(self) -> None:
+        """Hand the history to the calls, end those that ended, tell what is due."""
+        steps, slots = self._steps, len(self.slots)
+        self._steps = 0
+        self.steps += steps
+        self.decode_tokens += steps * slots
+        columns = zip(
+            self.slots, self._ids[:steps, :slots].T.tolist(), self._logprobs[:steps, :slots].T.tolist(), strict=True
+        )
+        for call, ids, logprobs in columns:
+            call.ids += ids
+            call.logprobs += logprobs
+        ended = [(call, stop) for call in self.slots if (stop := call.stop()) is not None]
+        deliveries = [self._delivery(call, stop) for call, stop in ended]
+        for call, stop in ended:
+            self._end(call, stop)
+        if ended:
+            self._arrange()
+            if not self.slots:
+                self._tails.clear()  # a step for them alone would cost more than it saves
+        now = perf_counter()
+        if now >= self._flush_at:
+            self._flush_at = now + self._flush_s
+            deliveries += [self._delivery(call) for call in self.slots if len(call.ids) > call.sent]
+        if deliveries:
+            self._post(deliveries)
+
+    def _delivery(self, call: Call, stop: StopReason | None = None) -> Delivery:
+        sent, call.sent = call.sent, len(call.ids)
+        return call, call.ids[sent:], call.logprobs[sent:], stop, None
+
+    def _end(self, call: Call, stop: StopReason) -> None:
+        """Keep the sequence of a call that ended: all but its last token is computed."""
+        seq = call.seq
+        assert seq is not None
+        computed = tuple(call.ids[call.seen : -1])
+        if computed:
+            self._cache.extend(seq, computed)
+        self._cache.finish(seq, call.ids[-1])
+        self.slots.remove(call)
+        call.seq = None
+        if stop is not StopReason.EOS and self._merges_seen:
+            self._tails.append(seq)
+
+    def _arrange(self) -> None:
+        """Give every sampling call its row again after one left."""
+        for slot, call in enumerate(self.slots):
+            assert call.seq is not None
+            self._place(slot, call)
+            self._decoder.tokens[slot] = call.ids[-1]
+            self._decoder.positions[slot] = call.seq.tip.end + len(call.ids) - call.seen - 1
+        self._sampler.arrange(len(self.slots))
+
+    def _place(self, slot: int, call: Call) -> None:
+        assert call.seq is not None
+        self._decoder.seq_ids[slot, 0] = call.seq.id
+        self._decoder.num_seqs[slot] = 1
+        self._decoder.outputs[slot] = 1
+        self._sampler.place(slot, call.params, call.draws)
+
+    def _broken(self, code: int) -> None:
+        """A decode failed: nobody knows what the cells hold, so every call fails and the cache starts anew."""
+        why = self._decoder.last_error()
+        self._fail(EngineError(f"llama_decode of the llama.cpp engine returned {code}{why}"))
+
+    def _fail(self, error: EngineError) -> None:
+        while not self.inbox.empty():
+            kind, call = self.inbox.get()
+            if kind == "submit" and call is not None:
+                self.queue.append(call)
+        live = [f.call for f in self.fills if f.call is not None] + self.slots + list(self.queue)
+        self.fills, self.slots, self._tails, self._steps = [], [], [], 0
+        self.queue.clear()
+        self._cache.land()
+        for seq in list(self._cache.seqs):
+            self._cache.drop(seq)
+        self._decoder.clear()
+        for call in live:
+            call.seq = None
+        if live:
+            self._post([(call, [], [], None, error) for call in live])
+
+    # Room
+
+    def _tail_cells(self) -> int:
+        """Cells of sampled tokens, which are not in the cache's books before their call ends."""
+        return sum(max(0, len(c.ids) - c.seen - 1) for c in self.slots)
+
+    def _room(self) -> int:
+        return self._decoder.cells - self._cache.used - self._tail_cells()
+
+    def _make_room(self) -> None:
+        """No cell is left for the next token of every sampling call."""
+        slots = len(self.slots)
+        taken = self._tail_cells() + slots
+        self._cache.make_room(self._decoder.cells - taken - 64 * slots)
+        if self._cache.used + taken <= self._decoder.cells or self._push_out():
+            return
+        call = self.slots[0]  # alone, and the whole cache is its own
+        self._post([self._delivery(call, StopReason.LENGTH)])
+        self._end(call, StopReason.LENGTH)
+        self._arrange()
+
+    def _plan_room(self, slots: int) -> bool:
+        """Find room for the sampling rows and a share of what is to be computed. False if calls had to leave."""
+        wanted = (
+            sum(f.tokens for f in self.fills) + sum(context_cells(c.context) for c in self.queue) + len(self._tails)
+        )
+        wanted = min(wanted, len(self._decoder.tokens) - slots)
+        self._cache.make_room(self._decoder.cells - self._tail_cells() - slots - wanted)
+        self._left = min(self._room(), len(self._decoder.tokens)) - slots
+        if self._left < (1 if self.fills else 0):
+            if not self._push_out():
+                self._make_room()
+            return False
+        return True
+
+    def _admit(self) -> None:
+        """Let waiting calls in, first come first served, as far as sequences and cells go round."""
+        cache = self._cache
+        while self.queue:
+            call = self.queue[0]
+            live = self.active
+            reserved = sum(f.call.need for f in self.fills if f.call is not None) + len(self.slots)
+            if reserved + call.need > cache.max_seqs or not cache.available:
+                return
+            if live:
+                node, _ = cache.find(call.context, spare=1)
+                shared = sum(n.num_cells for n in {n for n, _ in node.path()} if n.live)
+                planned = sum(f.tokens for f in self.fills) + self._tail_cells() + _MARGIN * (live + 1)
+                free = self._decoder.cells - cache.live_cells - planned
+                if context_cells(call.context) - shared > free:
+                    return
+            self.queue.popleft()
+            self._open(call)
+
+    def _open(self, call: Call) -> None:
+        context = call.resumed()
+        call.seen = len(call.ids)
+        seq, rest = self._fork(context, spare=1)
+        call.seq = seq
+        self.reused_tokens += context_cells(context) - context_cells(tuple(rest))
+        self._merges_seen = self._merges_seen or any(isinstance(p, Merge) for p in context)
+        self.fills.append(Fill(seq, rest, call=call))
+
+    # Contexts
+
+    def _row(self, token: int, position: int, seq: int) -> int:
+        """Add a row without output to the batch."""
+        decoder, row = self._decoder, self._rows
+        decoder.tokens[row], decoder.positions[row] = token, position
+        decoder.seq_ids[row, 0], decoder.num_seqs[row], decoder.outputs[row] = seq, 1, 0
+        self._rows += 1
+        self._left -= 1
+        return row
+
+    def _couple(self, row: int, seq: int) -> None:
+        """Let a row compute its token for one more sequence. Both must end at the same position before it."""
+        seqs, count = self._decoder.seq_ids[row], int(self._decoder.num_seqs[row])
+        seqs[count], seqs[count - 1] = seqs[count - 1], seq  # it attends as the last: the one it was sampled in
+        self._decoder.num_seqs[row] = count + 1
+
+    def _feed_pending(self, seq: Seq) -> Node:
+        assert seq.pending is not None
+        self.prefill_tokens += 1
+        return self._cache.feed_pending(seq, self._row(seq.pending, seq.tip.end, seq.id))
+
+    def _feed_tails(self) -> None:
+        for seq in self._tails:
+            if seq in self._cache.idle and seq.pending is not None and self._left > 0:
+                self._feed_pending(seq)
+        self._tails.clear()
+
+    def _fork(
+        self, parts: tuple[Part, ...], *, start: Node | None = None, apart: Seq | None = None, spare: int = 0
+    ) -> tuple[Seq, list[Part]]:
+        """A new sequence that holds as much of `parts` as is cached, and what remains."""
+        cache = self._cache
+        cache.make_free()
+        node, rest = cache.find(parts, start=start, spare=spare, apart=apart)
+        first = rest[0] if rest else None
+        if isinstance(first, tuple) and len(first) + len(rest) - 1 > spare and self._left > 0:
+            waiting = node.waiting.get(first[0])
+            if waiting is not None:
+                node = self._feed_pending(waiting)
+                rest = (first[1:], *rest[1:]) if len(first) > 1 else rest[1:]
+        seq = cache.fork(node)
+        if node.row is not None:
+            self._couple(node.row, seq.id)
+        return seq, list(rest)
+
+    def _advance(self, fill: Fill, share: int) -> tuple[int, ...]:
+        """Put the next tokens of a fill into the batch; returns those of its current run."""
+        while fill.parts and fill.sub is None and self._left > 0:
+            part = fill.parts[0]
+            if isinstance(part, Merge):
+                if not self._merge(fill, part):
+                    return ()
+                fill.parts.pop(0)
+                continue
+            count = min(len(part), share, self._left)
+            ids, rest = part[:count], part[count:]
+            start, end = self._rows, self._rows + count
+            decoder = self._decoder
+            decoder.tokens[start:end] = ids
+            decoder.positions[start:end] = np.arange(fill.seq.tip.end, fill.seq.tip.end + count)
+            decoder.seq_ids[start:end, 0] = fill.seq.id
+            decoder.num_seqs[start:end] = 1
+            decoder.outputs[start:end] = 0
+            self._rows, self._left = end, self._left - count
+            if rest:
+                fill.parts[0] = rest
+            else:
+                fill.parts.pop(0)
+                if not fill.parts and fill.call is not None:
+                    decoder.outputs[end - 1] = 1
+            return ids
+        return ()
+
+    def _filled(self, fill: Fill) -> None:
+        """A fill is complete: its call samples from now on, or its branch goes into the merge."""
+        self.fills.remove(fill)
+        if fill.call is not None:
+            slot = len(self.slots)
+            self.slots.append(fill.call)
+            self._place(slot, fill.call)
+            self._decoder.positions[slot] = fill.seq.tip.end
+            self._sampler.arrange(slot + 1)
+            return
+        parent = fill.parent
+        assert parent is not None
+        self._cache.absorb(parent.seq, fill.seq.tip)
+        parent.tips[fill.branch] = fill.seq.tip
+        parent.sub = None
+        self._cache.finish(fill.seq, None)
+
+    def _merge(self, fill: Fill, key: Merge) -> bool:
+        """Bring the branches of a merge into a sequence. False if one of them has to be computed first.
+
+        A branch that ended is taken as it is. One whose last token is still to be computed is taken with that token
+        in flight, if it is the longest (or as long): then the row belongs to branch and parent alike, and what
+        follows can be computed in the same step.
+        """
+        cache, base = self._cache, fill.seq.tip
+        if base.row is not None:
+            return False
+        late: dict[int, Node | Seq] = {}
+        missing: int | None = None
+        wait = False
+        for i, branch in enumerate(key.branches):
+            if i in fill.tips:
+                continue
+            node, rest = cache.find(branch, start=base, apart=fill.seq)
+            if not rest and node.row is None:
+                cache.absorb(fill.seq, node)
+                fill.tips[i] = node
+                continue
+            coming: Node | Seq | None = node
+            if rest:
+                only = rest[0]
+                one = len(rest) == 1 and isinstance(only, tuple) and len(only) == 1
+                coming = node.waiting.get(only[0]) if one else None  # type: ignore[arg-type]
+            if coming is None:
+                missing = i if missing is None else missing
+            elif coming in late.values() or self._left <= len(late):
+                wait = True
+            else:
+                late[i] = coming
+        nodes = {i: self._feed_pending(c) if isinstance(c, Seq) else c for i, c in late.items()}
+        if missing is not None and cache.available:
+            seq, rest = self._fork(key.branches[missing], start=base, apart=fill.seq)
+            fill.sub = Fill(seq, rest, parent=fill)
+            fill.sub.branch = missing
+            self.fills.append(fill.sub)
+        if missing is not None or wait:
+            return False
+        end = max([base.end, *(t.end for t in fill.tips.values()), *(n.start for n in nodes.values())])
+        if any(n.start != end for n in nodes.values()):
+            return False
+        for i, node in nodes.items():
+            assert node.row is not None
+            if any(n in fill.seq.held for n, _ in node.path(base)):
+                return False  # it shares cells with a branch just taken: it will be computed again
+            cache.absorb(fill.seq, node)
+            self._couple(node.row, fill.seq.id)
+            fill.tips[i] = node
+        cache.merge(fill.seq, key, tuple(fill.tips[i] for i in range(len(key.branches))))
+        fill.tips.clear()
+        return True
+
+
+def _root(fill: Fill) -> Fill:
+    while fill.parent is not None:
+        fill = fill.parent
+    return fill

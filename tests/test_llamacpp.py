@@ -1,0 +1,480 @@
+"""The llama.cpp engine on tiny random weights: its contract, its joins against plain numpy, cells that balance."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plait.engines.base import EngineStats
+from plait.engines.llamacpp import LlamaCppEngine, binding
+from plait.errors import ContextLengthError, EngineUnavailable, ModelError, RequestError
+from plait.testing.conformance import check_engine
+from plait.types import Context, Merge, SamplingParams, StopReason
+
+pytest.importorskip("gguf", reason="writes its own weights: needs the train extra")
+pytestmark = pytest.mark.anyio
+
+TOLERANCE = 5e-4
+"""float32 kernels against float64, on weights that are larger than real ones."""
+PROMPT = (7, 3, 11, 40, 2, 19, 23, 5)
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.write(tmp_path_factory.mktemp("weights") / "tiny.gguf")
+
+
+def exact(path: Path, **options: Any) -> LlamaCppEngine:
+    """An engine whose cache does not round."""
+    return LlamaCppEngine(path, **{"cache": "F32", "cells": 1024, **options})
+
+
+async def call(
+    engine: LlamaCppEngine, context: Context, **params: Any
+) -> tuple[tuple[int, ...], tuple[float, ...], Any]:
+    ids: list[int] = []
+    logprobs: list[float] = []
+    stop = None
+    async with aclosing(engine.generate(context, SamplingParams(**{"max_tokens": 8, **params}))) as chunks:
+        async for chunk in chunks:
+            ids += chunk.token_ids
+            logprobs += chunk.logprobs
+            stop = chunk.stop
+    return tuple(ids), tuple(logprobs), stop
+
+
+def assert_greedy(context: Context, ids: Sequence[int], logprobs: Sequence[float]) -> None:
+    """What was sampled is what a plain forward would sample, up to rounding."""
+    for k, (id, logprob) in enumerate(zip(ids, logprobs, strict=True)):
+        tail = context[-1]
+        assert isinstance(tail, tuple)
+        expected = tiny_llama.forward((*context[:-1], (*tail, *ids[:k])))
+        assert abs(expected[id] - logprob) < TOLERANCE, f"token {k}"
+        assert expected.max() - expected[id] < TOLERANCE, f"token {k}"
+
+
+def assert_balanced(engine: LlamaCppEngine, calls: int = 0) -> None:
+    scheduler, decoder = engine._scheduler, engine._decoder
+    assert scheduler is not None
+    assert decoder is not None
+    scheduler._cache.check()
+    assert scheduler.active == calls
+    assert len(scheduler._cache.seqs) - len(scheduler._cache.idle) == calls
+    for seq in scheduler._cache.idle:
+        assert decoder.last_position(seq.id) == seq.tip.end - 1
+    for id in scheduler._cache.free:
+        assert decoder.last_position(id) == -1
+
+
+def since(engine: LlamaCppEngine, before: EngineStats) -> tuple[int, int]:
+    """Steps and prefilled tokens since `before`."""
+    now = engine.stats()
+    return now.steps - before.steps, now.prefill_tokens - before.prefill_tokens
+
+
+async def test_the_engine_keeps_its_contract(gguf: Path) -> None:
+    checked = await check_engine(
+        lambda: exact(gguf),
+        vocab_size=tiny_llama.VOCAB,
+        reference=lambda context: tiny_llama.forward(context).tolist(),
+        tolerance=TOLERANCE,
+        variants=[lambda: exact(gguf, flush_s=0, prefill_rows=1), lambda: exact(gguf, keep=0, max_seqs=2)],
+    )
+    assert "M1" in checked
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"), [({}, 0.02), ({"flash_attention": True}, 0.02)], ids=["F16 cache", "flash attention"]
+)
+async def test_a_rounding_cache_keeps_the_contract_too(gguf: Path, options: dict[str, Any], tolerance: float) -> None:
+    await check_engine(
+        lambda: LlamaCppEngine(gguf, cells=1024, **options),
+        vocab_size=tiny_llama.VOCAB,
+        reference=lambda context: tiny_llama.forward(context).tolist(),
+        tolerance=tolerance,
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread_at_a_time() -> Iterator[None]:
+    """Calls made in one turn of the event loop reach the engine together, however loaded the machine is."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+async def fork(
+    engine: LlamaCppEngine, context: Context, headers: Sequence[tuple[int, ...]], lengths: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """Threads that run at once from one parent; what each of them wrote, header included."""
+    out: list[tuple[int, ...]] = [()] * len(headers)
+
+    async def thread(i: int) -> None:
+        own = (*context, headers[i])
+        ids, logprobs, _ = await call(engine, own, max_tokens=lengths[i])
+        assert_greedy(tuple(_joined(own)), ids, logprobs)
+        out[i] = (*headers[i], *ids)
+
+    async with anyio.create_task_group() as tasks:
+        for i in range(len(headers)):
+            tasks.start_soon(thread, i)
+    return out
+
+
+def _joined(context: Context) -> Context:
+    from plait.engines.llamacpp.cache import normalise
+
+    return normalise(context)
+
+
+@pytest.mark.parametrize("lengths", [(3, 6, 9), (9, 6, 3), (5, 5, 5), (1, 1, 1), (1, 8, 8)])
+async def test_a_merge_of_threads_that_just_ended_computes_nothing_again(gguf: Path, lengths: tuple[int, ...]) -> None:
+    async with exact(gguf) as engine:
+        ids, _, _ = await call(engine, (PROMPT,))
+        parent = (*PROMPT, *ids)
+        for mark in (9, 10):  # with the first merge the engine learns that last tokens are wanted early
+            headers = [(30, i, mark) for i in range(3)]
+            before = engine.stats()
+            threads = await fork(engine, (parent,), headers, lengths)
+            assert since(engine, before)[0] == max(lengths)
+            forked = engine.stats()
+            context: Context = (parent, Merge(tuple((t,) for t in threads)), (31, 8))
+            after, logprobs, _ = await call(engine, context)
+            assert_greedy(context, after, logprobs)
+            # the parent's last token and each thread's once, headers, what follows the merge; nothing twice
+            assert since(engine, before)[1] == (mark == 9) + 3 * 3 + 3 + 2, (before, engine.stats())
+            if mark == 10:
+                assert since(engine, forked)[0] == 8, "one step for each sampled token, none for the join"
+            assert_balanced(engine)
+
+
+async def test_a_fork_costs_no_step_and_feeds_the_pending_token_once(gguf: Path) -> None:
+    async with exact(gguf) as engine:
+        ids, _, _ = await call(engine, (PROMPT,))
+        before = engine.stats()
+        await fork(engine, ((*PROMPT, *ids),), [(30, i) for i in range(4)], [6] * 4)
+        assert since(engine, before) == (6, 1 + 4 * 2)
+
+
+async def test_a_concat_join_computes_only_what_is_new(gguf: Path) -> None:
+    async with exact(gguf) as engine:
+        ids, _, _ = await call(engine, (PROMPT,))
+        parent = (*PROMPT, *ids)
+        first, second = await fork(engine, (parent,), [(30, 1), (30, 2)], [20, 4])
+        before = engine.stats()
+        context = ((*parent, *first, *second, 31),)
+        after, logprobs, _ = await call(engine, context)
+        assert since(engine, before) == (8, 1 + len(second) + 1)
+        assert_greedy(context, after, logprobs)
+
+
+async def test_nested_merges_match_a_plain_forward(gguf: Path) -> None:
+    async with exact(gguf) as engine:
+
+        async def go_on(context: Context, max_tokens: int) -> tuple[int, ...]:
+            ids, logprobs, _ = await call(engine, context, max_tokens=max_tokens)
+            assert_greedy(context, ids, logprobs)
+            return ids
+
+        root = (*PROMPT, *await go_on((PROMPT,), 4))
+        (left,) = await fork(engine, (root,), [(30, 1)], [5])
+        inner = await fork(engine, ((*root, *left),), [(33, 1), (33, 2)], [3, 5])
+        pair = Merge(tuple((t,) for t in inner))
+        rest = (34, *await go_on(((*root, *left), pair, (34,)), 3))
+        (right,) = await fork(engine, (root,), [(30, 2)], [4])
+        before = engine.stats()
+        await go_on((root, Merge(((left, pair, rest), (right,))), (31, 8)), 5)
+        assert since(engine, before)[1] == 2 + 2, "two last tokens, two forced ids"
+        assert_balanced(engine)
+
+
+async def test_branches_that_are_alike_are_all_seen(gguf: Path) -> None:
+    twins = ((30, 1, 2, 3), (30, 1, 2, 3))
+    async with exact(gguf) as engine:
+        for _ in range(2):
+            context: Context = (PROMPT, Merge(tuple((t,) for t in twins)), (31,))
+            ids, logprobs, _ = await call(engine, context)
+            assert_greedy(context, ids, logprobs)
+        long = tuple(range(10, 30))
+        await call(engine, ((*PROMPT, *long, 1, 2),), max_tokens=1)
+        await call(engine, ((*PROMPT, *long, 3, 4),), max_tokens=1)  # shares most cells with the one before
+        context = (PROMPT, Merge((((*long, 1, 2),), ((*long, 3, 4),))), (31,))
+        ids, logprobs, _ = await call(engine, context)
+        assert_greedy(context, ids, logprobs)
+
+
+async def test_sampling_depends_on_the_seed_only(gguf: Path) -> None:
+    hot = {"temperature": 0.9, "max_tokens": 20}
+    async with exact(gguf, flush_s=0) as engine:
+        alone = [await call(engine, (PROMPT,), seed=s, **hot) for s in range(6)]
+        beside: list[Any] = [None] * 6
+
+        async def one(s: int) -> None:
+            beside[s] = await call(engine, (PROMPT,), seed=s, **hot)
+
+        async with anyio.create_task_group() as tasks:
+            for s in (4, 1, 5, 0, 3, 2):
+                tasks.start_soon(one, s)
+        assert [ids for ids, _, _ in beside] == [ids for ids, _, _ in alone]
+        assert len({ids for ids, _, _ in alone}) == 6
+
+
+async def test_temperature_top_k_top_p_and_bans_draw_from_the_right_distribution(gguf: Path) -> None:
+    weights = sorted(enumerate(tiny_llama.forward((PROMPT,))), key=lambda item: -item[1])
+    top = [id for id, _ in weights]
+    async with exact(gguf) as engine:
+
+        async def first(**params: Any) -> list[int]:
+            out = [await call(engine, (PROMPT,), max_tokens=1, seed=s, **params) for s in range(100)]
+            assert all(abs(lp[0] - dict(weights)[ids[0]]) < TOLERANCE for ids, lp, _ in out), "untempered"
+            return [ids[0] for ids, _, _ in out]
+
+        assert set(await first(temperature=3.0, top_k=3)) == set(top[:3])
+        assert set(await first(temperature=0.01)) == {top[0]}
+        assert top[0] not in await first(temperature=1.0, banned_ids=(top[0],))
+        assert set(await first(temperature=0.0, banned_ids=(top[0],))) == {top[1]}
+        total, nucleus = 0.0, set[int]()
+        for id, logprob in weights:
+            nucleus.add(id)
+            total += math.exp(logprob)
+            if total >= 0.7:
+                break
+        assert set(await first(temperature=1.0, top_p=0.7)) <= nucleus
+        drawn = await first(temperature=1.0)
+        share, expected = drawn.count(top[0]) / 100, math.exp(weights[0][1])
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / 100)
+
+
+async def test_without_logprobs_the_tokens_are_the_same(gguf: Path) -> None:
+    async with exact(gguf) as engine:
+        ids, logprobs, _ = await call(engine, (PROMPT,))
+        plain, zeros, _ = await call(engine, (PROMPT,), logprobs=False)
+        assert (plain, set(zeros)) == (ids, {0.0})
+        assert min(logprobs) < 0
+
+
+async def test_a_stop_beats_eos_and_both_beat_length(gguf: Path) -> None:
+    async with exact(gguf) as engine:
+        (id, *_), _, _ = await call(engine, (PROMPT,))
+        assert (await call(engine, (PROMPT,), stop_ids=(id,), eos_ids=(id,), max_tokens=1))[2] is StopReason.STOP
+        assert (await call(engine, (PROMPT,), stop_ids=(999, -1), eos_ids=(id,), max_tokens=1))[2] is StopReason.EOS
+
+
+async def test_a_call_that_fills_its_context_ends_by_length(gguf: Path) -> None:
+    async with exact(gguf, max_context=20) as engine:
+        ids, logprobs, stop = await call(engine, (PROMPT,), max_tokens=1000)
+        assert (len(ids), stop) == (12, StopReason.LENGTH)
+        assert_greedy((PROMPT,), ids, logprobs)
+        assert len((await call(engine, ((1,) * 19,), max_tokens=1000))[0]) == 1
+        with pytest.raises(ContextLengthError, match=r"20 positions.*20 fit"):
+            await call(engine, ((1,) * 20,))
+
+
+async def test_what_cannot_be_continued_is_refused_before_sampling(gguf: Path) -> None:
+    async with exact(gguf, cells=256, max_seqs=4) as engine:
+        for context, message in (
+            ((), "at least one token id"),
+            (((), Merge(())), "at least one token id"),
+            ((PROMPT, Merge(((1,), (2,)) and (((1,),), ((2,),)))), "also after a merge"),
+            (((1, 48),), "token id 48 .* 0 to 47"),
+            ((PROMPT, Merge((((-1,),), ((2,),))), (1,)), "token id -1"),
+        ):
+            with pytest.raises(RequestError, match=message):
+                await call(engine, context)
+        wide: Context = (PROMPT, Merge(tuple(((i % 40,) * 30,) for i in range(10))), (1,))
+        with pytest.raises(ContextLengthError, match="256 cells"):
+            await call(engine, wide)
+        deep: Context = ((1,), (2,))
+        for _ in range(4):
+            deep = ((1,), Merge((deep, ((3,),))), (2,))
+        with pytest.raises(RequestError, match="nest 4 deep"):
+            await call(engine, deep)
+        assert engine.stats().steps == 0
+
+
+async def test_cells_run_out_and_every_call_still_ends_right(gguf: Path) -> None:
+    async with exact(gguf, cells=256, max_seqs=8, flush_s=0) as engine:
+        prompts = [tuple((i * 7 + k * k) % 48 for k in range(10 + i)) for i in range(12)]
+        results: list[Any] = [None] * 12
+
+        async def one(i: int) -> None:
+            results[i] = await call(engine, (prompts[i],), max_tokens=60)
+
+        async with anyio.create_task_group() as tasks:
+            for i in range(12):
+                tasks.start_soon(one, i)
+        for prompt, (ids, logprobs, stop) in zip(prompts, results, strict=True):
+            assert (len(ids), stop) == (60, StopReason.LENGTH)
+            assert_greedy((prompt,), ids[::9][:1], logprobs[::9][:1])
+        alone = [await call(engine, (p,), max_tokens=60) for p in prompts[:3]]
+        assert [a[0] for a in alone] == [r[0] for r in results[:3]]
+        ids, _, stop = await call(engine, (PROMPT,), max_tokens=2000)
+        assert (len(ids), stop) == (256 - 1 - len(PROMPT), StopReason.LENGTH)
+        assert_balanced(engine)
+
+
+async def test_closing_some_calls_frees_them_while_others_go_on(gguf: Path) -> None:
+    async with exact(gguf, flush_s=0) as engine:
+        kept: list[Any] = []
+
+        async def keep() -> None:
+            kept.append(await call(engine, (PROMPT,), max_tokens=300))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(keep)
+            for i in range(6):
+                async with aclosing(engine.generate(((i, 1, 2),), SamplingParams(max_tokens=400))) as chunks:
+                    await anext(chunks)
+            with anyio.fail_after(1):
+                while engine.stats().active > 1:
+                    await anyio.sleep(0)
+        with anyio.move_on_after(0):
+            await call(engine, (PROMPT,), max_tokens=400)
+        ids, _, stop = kept[0]
+        assert (len(ids), stop) == (300, StopReason.LENGTH)
+        assert ids == (await call(engine, (PROMPT,), max_tokens=300))[0]
+        assert_balanced(engine)
+
+
+async def test_leaving_ends_the_calls_that_still_run(gguf: Path) -> None:
+    engine = exact(gguf)
+    with pytest.raises(EngineUnavailable):
+        await call(engine, (PROMPT,))
+    async with engine:
+        chunks = engine.generate((PROMPT,), SamplingParams(max_tokens=500))
+        await anext(chunks)
+    with pytest.raises(EngineUnavailable, match="closed"):
+        while True:
+            await anext(chunks)
+    with pytest.raises(EngineUnavailable, match="closed"):
+        engine.meta("plait.config")
+    with pytest.raises(EngineUnavailable, match="once"):
+        await engine.__aenter__()
+
+
+async def test_a_decode_that_fails_fails_the_calls_and_nothing_else(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with exact(gguf) as engine:
+        before, _, _ = await call(engine, (PROMPT,))
+        decoder = engine._decoder
+        assert decoder is not None
+        monkeypatch.setattr(decoder, "decode", lambda rows: -1)
+        with pytest.raises(RuntimeError, match="llama_decode"):
+            await call(engine, (PROMPT,))
+        monkeypatch.undo()
+        assert (await call(engine, (PROMPT,)))[0] == before
+        assert_balanced(engine)
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**32), seqs=st.sampled_from([3, 6, 32]), keep=st.sampled_from([0, 128]))
+def test_dropping_the_cache_at_any_point_changes_no_token(gguf: Path, seed: int, seqs: int, keep: int) -> None:
+    """P9 and P10: a random program of forks, merges, concats and evictions against a plain forward."""
+    rng = random.Random(seed)
+
+    async def program() -> None:
+        async with exact(gguf, max_seqs=seqs, keep=keep, flush_s=0, prefill_rows=rng.choice([1, 64])) as engine:
+            contexts: list[Context] = [(PROMPT,)]
+            for _ in range(4):
+                cache = engine._scheduler._cache  # type: ignore[union-attr]
+                for seq in [s for s in cache.idle if rng.random() < 0.3]:
+                    cache.drop(seq)
+                base = rng.choice(contexts)
+                count = rng.randint(1, 4)
+                threads = await fork(
+                    engine, base, [(30, rng.randrange(3))] * count, [rng.randint(1, 7) for _ in range(count)]
+                )
+                assert_balanced(engine)
+                tail = (31, *(rng.randrange(48) for _ in range(rng.randrange(3))))
+                if rng.random() < 0.7:
+                    contexts.append(_joined((*base, Merge(tuple((t,) for t in threads)), tail)))
+                else:
+                    contexts.append(_joined((*base, tuple(i for t in threads for i in t) + tail)))
+                ids, logprobs, _ = await call(engine, contexts[-1], max_tokens=rng.randint(1, 4))
+                assert_greedy(contexts[-1], ids, logprobs)
+                contexts.append(_joined((*contexts[-1], ids)))
+                assert_balanced(engine)
+
+    anyio.run(program)
+
+
+def test_strings_of_the_header_are_read(gguf: Path) -> None:
+    engine = LlamaCppEngine(gguf)
+    assert engine.meta("plait.config") == '{"format": "multiverse"}'
+    assert engine.meta("no.such.key") is None
+    assert (engine.vocab_size, engine.max_context) == (48, 512)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
+def test_a_cut_off_file_is_a_model_error(
+    gguf: Path, tmp_path: Path, share: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = gguf.read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ModelError, match=r"cut\.gguf"):
+        LlamaCppEngine(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_files_that_are_no_weights_are_model_errors(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    noise = random.Random(0).randbytes(4000)
+    for name, data in {"noise": noise, "almost": b"GGUF" + noise, "text": b"hello"}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ModelError, match=name):
+            LlamaCppEngine(tmp_path / name)
+    for missing in (tmp_path / "missing", tmp_path):
+        with pytest.raises(ModelError, match="cannot read"):
+            LlamaCppEngine(missing)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_or_other_llamacpp_is_named_with_the_cure(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binding.library.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(binding.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(EngineUnavailable, match=r"pip install xllamacpp==\d"):
+            LlamaCppEngine(gguf)
+    with monkeypatch.context() as patch:
+        patch.setattr(binding.importlib.metadata, "version", lambda name: "1.0")
+        with pytest.raises(EngineUnavailable, match=r"xllamacpp is 1\.0.*pip install"):
+            LlamaCppEngine(gguf)
+    with monkeypatch.context() as patch:
+        patch.setattr(binding, "layout_fits", lambda model, context: False)
+        with pytest.raises(EngineUnavailable, match=r"structs.*pip install"):
+            LlamaCppEngine(gguf)
+    LlamaCppEngine(gguf)
+
+
+def test_a_shifted_struct_is_noticed() -> None:
+    lib = binding.library()
+    model, context = lib.llama_model_default_params(), lib.llama_context_default_params()
+    assert binding.layout_fits(model, context)
+    raw = bytes(context)
+    for shift in (4, 8):
+        moved = binding._ContextParams.from_buffer_copy(raw[shift:] + bytes(shift))
+        assert not binding.layout_fits(model, moved)
+
+
+def test_stats_of_an_engine_that_was_not_opened_are_zero(gguf: Path) -> None:
+    assert exact(gguf).stats() == EngineStats()
+    assert replace(EngineStats(), active=1).active == 1
