@@ -41,27 +41,28 @@ class View:
     def __init__(self, console: Console, reader: Reader, title: str, *, final: Tree | None = None) -> None:
         self._console, self._reader, self._title = console, reader, title
         self._final = final
+        self._fits = final is not None and self._height(final) < console.height
 
     @property
     def width(self) -> int:
         return max(30, min(self._console.width, WIDEST) - 4)
 
     def running(self, tree: Tree) -> RenderableType:
-        """The picture while it runs: as high as the screen at most, earlier blocks folded to a line."""
+        """The picture while it runs: where the screen is too low for all of it, earlier blocks are folded to a line."""
         parts = self._reader.parts(tree)
         blocks = [i for i, part in enumerate(parts) if isinstance(part, Block)]
         open_at = blocks[-1] if blocks else -1
         rows = max(3, self._console.height - 8 - 2 * len(parts))
+        limit = None if self._fits else rows
         drawn = [
-            self._part(tree, part, rows=rows, folded=isinstance(part, Block) and i != open_at)
-            for i, part in enumerate(parts)
+            self._part(tree, part, rows=limit, folded=not self._fits and i != open_at) for i, part in enumerate(parts)
         ]
         return self._framed(drawn)
 
-    def finished(self, tree: Tree, *, folded: bool = False) -> RenderableType:
+    def finished(self, tree: Tree) -> RenderableType:
         """The whole picture, every text in full."""
         parts = self._reader.parts(tree)
-        return self._framed([self._part(tree, part, rows=None, folded=folded) for part in parts])
+        return self._framed([self._part(tree, part, rows=None, folded=False) for part in parts])
 
     def lanes(self, tree: Tree, *, twin: Tree | None = None) -> RenderableType:
         """The timeline, the twin's under it on the same scale."""
@@ -80,6 +81,25 @@ class View:
             lines += [Text(), *(self._lane("one line", gutter, row) for row in draw(other, width=width, scale=length))]
         lines.append(self._ruler(gutter, width, [plan.length, *([other.length] if other else [])]))
         return Padding(Group(*lines), (0, 2))
+
+    def _height(self, tree: Tree) -> int:
+        """Lines of the whole picture, about."""
+        lines = 2
+        for part in self._reader.parts(tree):
+            if isinstance(part, Block):
+                columns = self._reader.columns(tree, part)
+                _, inner, num_rows = self._grid(len(columns))
+                lines += num_rows * (2 + max(len(wrap(c.text, inner)) for c in columns))
+            else:
+                lines += sum(len(wrap(line, self.width)) for line in part.text.split("\n"))
+        return lines
+
+    def _grid(self, n: int) -> tuple[int, int, int]:
+        """Panes of a row, columns of text in each, rows."""
+        per_row = max(1, min(n, self.width // NARROWEST))
+        num_rows = (n + per_row - 1) // per_row
+        per_row = (n + num_rows - 1) // num_rows
+        return per_row, (self.width + 1) // per_row - 5, num_rows
 
     def _framed(self, drawn: Sequence[RenderableType]) -> RenderableType:
         return Padding(Group(Text(self._title, style="bold"), Text(), *drawn), (0, 2))
@@ -109,12 +129,9 @@ class View:
         return self._reader.columns(self._final, block) if self._final is not None else None
 
     def _panes(self, columns: Sequence[Column], final: Sequence[Column] | None, rows: int | None) -> RenderableType:
-        per_row = max(1, min(len(columns), self.width // NARROWEST))
-        if rows is not None and (len(columns) + per_row - 1) // per_row * 5 > rows + 2:
+        per_row, inner, num_rows = self._grid(len(columns))
+        if rows is not None and num_rows * 5 > rows + 2:
             return Group(*(self._row(column) for column in columns))
-        num_rows = (len(columns) + per_row - 1) // per_row
-        per_row = (len(columns) + num_rows - 1) // num_rows
-        inner = (self.width + 1) // per_row - 5
         high = max(len(wrap(c.text, inner)) for c in final or columns)
         most = high if rows is None else min(high, max(2, rows // num_rows - 2))
         grid = Table.grid(padding=(0, 1, 0, 0))
