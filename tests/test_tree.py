@@ -170,6 +170,20 @@ def test_token_latency_is_the_papers_on_threadweaver_trees(parts: list[tuple[str
     assert tree.acceleration() == pytest.approx(1 - latency / total)
 
 
+def test_token_latency_leaves_out_what_the_parent_does_not_read_again() -> None:
+    tree = Tree()
+    grow(tree, "0:0", None, (1,), (2,))
+    grow(tree, "0/0.0:0", "0:0", (50, 51, 50, 10, 52), (3, 3, 3, 60), stop=StopReason.EOS)
+    grow(tree, "0/0.0:1", "0/0.0:0", (50, 53), (), stop=StopReason.FORCED)
+    grow(tree, "0/0.1:0", "0:0", (50, 51, 50, 11, 52), (4, 4, 4, 4, 50, 53))
+    first = (50, 51, 50, 10, 52, 3, 3, 3, 50, 53)
+    second = (51, 50, 11, 52, 4, 4, 4, 4, 50, 53)
+    forced = (*first, *second, 50)
+    grow(tree, "0:1", "0:0", forced, (9,), joins=("0/0.0:1", "0/0.1:0"), join="concat")
+    # Strictly inside: 7 of the first thread, 8 of the second; the end-of-sequence id 60 is not read again.
+    assert (tree.num_response(), tree.token_latency()) == (1 + 21 + 1, 1 + 21 + 1 - 7)
+
+
 @given(programs(joins=["merge"]))
 def test_a_merge_rereads_nothing(program: Any) -> None:
     assert program.run()[0].reread_tokens == 0
