@@ -1,0 +1,90 @@
+"""The architecture diagram: imports point down this list, and heavy packages stay in their own files."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parent.parent / "src" / "plait"
+
+LAYERS = (
+    ("errors",),
+    ("types",),
+    ("events",),
+    ("tree",),
+    ("tokenizer",),
+    ("log", "formats", "engines"),
+    ("budget", "channel"),
+    ("session",),
+    ("testing",),
+    ("tasks",),
+    ("models",),
+    ("bench",),
+    ("train",),
+    ("terminal",),
+    ("commands",),
+    ("cli",),
+)
+"""Lower first; modules of one layer do not import each other."""
+
+HEAVY = {
+    "torch": ("train",),
+    "gguf": ("train/gguf.py",),
+    "numpy": ("engines/llamacpp", "train", "testing/reference.py"),
+    "rich": ("terminal", "commands", "cli.py"),
+    "click": ("commands", "cli.py"),
+    "hypothesis": ("testing/strategies.py",),
+    "trio": ("testing/clock.py",),
+}
+"""Where a package may be imported at all."""
+
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(SRC.rglob("*.py")):
+        yield path.relative_to(SRC), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(module: ast.Module) -> Iterator[str]:
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def test_imports_point_down() -> None:
+    for path, module in modules():
+        here = layer_of(path)
+        if here.startswith("__"):
+            continue
+        assert here in LEVEL, f"{path} is in no layer: add {here} to LAYERS"
+        for name in imported(module):
+            package, _, rest = name.partition(".")
+            there = rest.split(".")[0]
+            if package == "plait" and there in LEVEL and there != here:
+                assert LEVEL[there] < LEVEL[here], f"{path} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("package", sorted(HEAVY))
+def test_heavy_packages_stay_in_their_files(package: str) -> None:
+    for path, module in modules():
+        if any(name.split(".")[0] == package for name in imported(module)):
+            assert path.as_posix().startswith(HEAVY[package]), f"{path} imports {package}"
+
+
+def test_importing_plait_brings_in_no_heavy_package() -> None:
+    script = "import sys, plait; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "rich", "click", "xllamacpp", "trio", "hypothesis"} & set(loaded)
