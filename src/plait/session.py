@@ -386,7 +386,6 @@ class _Program:
             (share.tokens <= n, f"{share.tokens} tokens are left of max_tokens={budget.max_tokens}"),
             (left < 1, f"max_thread_tokens={budget.max_thread_tokens} leaves none to go on with"),
             (self.room(thread, fork) < 1, f"it and its join need more than max_context={self.engine.max_context}"),
-            (anyio.current_time() >= self.deadline, f"the deadline of {budget.deadline_s} s"),
         ):
             if refused:
                 return _Declined(StopReason.BUDGET, f"{asked}; {why}")
