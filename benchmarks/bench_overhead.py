@@ -3,7 +3,7 @@
     python benchmarks/bench_overhead.py [--sessions 64] [--threads 8] [--tokens 64] [--repeats 5] [--json]
 
 Every session runs one block of threads in the ThreadWeaver format; every chunk is one token. `total` is wall time
-over chunks. `engine` is the same engine calls read by as many plain tasks, without sessions: the scheduler and the
+over chunks, and beside it the CPU time of this one thread, which a busy machine does not stretch. `engine` is the same engine calls read by as many plain tasks, without sessions: the scheduler and the
 scripted engine themselves. `overhead` is the difference: tree, events, channel and reader. Both run in turn in the
 same process; the median and the range over the repeats are shown.
 """
@@ -42,8 +42,17 @@ def program(threads: int, tokens: int) -> Tree:
     )
 
 
-async def sessions(tree: Tree, n: int) -> float:
-    """Seconds for n sessions that run this program at once."""
+def clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    wall, cpu = clocks()
+    return wall - start[0], cpu - start[1]
+
+
+async def sessions(tree: Tree, n: int) -> tuple[float, float]:
+    """Wall and CPU seconds for n sessions that run this program at once."""
     engine = ScriptedEngine(script=tree)
     format = open_format("threadweaver", TOKENIZER)
     request = Request(prompt_ids=PROMPT, budget=BUDGET)
@@ -54,15 +63,15 @@ async def sessions(tree: Tree, n: int) -> float:
                 pass
         assert run.tree.num_sampled == tree.num_sampled
 
-    start = time.perf_counter()
+    start = clocks()
     async with anyio.create_task_group() as tasks:
         for _ in range(n):
             tasks.start_soon(one)
-    return time.perf_counter() - start
+    return since(start)
 
 
-async def engine_alone(tree: Tree, n: int) -> float:
-    """Seconds for the same engine calls in the same order, each thread a plain task."""
+async def engine_alone(tree: Tree, n: int) -> tuple[float, float]:
+    """Wall and CPU seconds for the same engine calls in the same order, each thread a plain task."""
     engine = ScriptedEngine(script=tree)
     calls = [(tree.context(s.id), SamplingParams(max_tokens=len(s.sampled_ids))) for s in tree.segments.values()]
 
@@ -78,24 +87,25 @@ async def engine_alone(tree: Tree, n: int) -> float:
                 block.start_soon(read, i)
         await read(len(calls) - 1)
 
-    start = time.perf_counter()
+    start = clocks()
     async with anyio.create_task_group() as tasks:
         for _ in range(n):
             tasks.start_soon(one)
-    return time.perf_counter() - start
+    return since(start)
 
 
 def measure(*, num_sessions: int, threads: int, tokens: int, repeats: int, backend: str) -> dict[str, Any]:
     """Microseconds a chunk; medians over the repeats, with range."""
     tree = program(threads, tokens)
     chunks = tree.num_sampled * num_sessions
-    rows: dict[str, list[float]] = {"total": [], "engine": [], "overhead": []}
+    rows: dict[str, list[float]] = {}
     for _ in range(repeats):
         gc.collect()
-        total = anyio.run(sessions, tree, num_sessions, backend=backend) / chunks * 1e6
-        engine = anyio.run(engine_alone, tree, num_sessions, backend=backend) / chunks * 1e6
-        for name, value in (("total", total), ("engine", engine), ("overhead", total - engine)):
-            rows[name].append(value)
+        totals = anyio.run(sessions, tree, num_sessions, backend=backend)
+        engines = anyio.run(engine_alone, tree, num_sessions, backend=backend)
+        for clock, total, engine in zip(("wall", "cpu"), totals, engines, strict=True):
+            for name, seconds in (("total", total), ("engine", engine), ("overhead", total - engine)):
+                rows.setdefault(f"{name}, {clock}", []).append(seconds / chunks * 1e6)
     return {
         "sessions": num_sessions,
         "threads": threads,
