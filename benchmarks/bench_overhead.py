@@ -2,10 +2,11 @@
 
     python benchmarks/bench_overhead.py [--sessions 64] [--threads 8] [--tokens 64] [--repeats 5] [--json]
 
-Every session runs one block of threads in the ThreadWeaver format; every chunk is one token. `total` is wall time
-over chunks, and beside it the CPU time of this one thread, which a busy machine does not stretch. `engine` is the same engine calls read by as many plain tasks, without sessions: the scheduler and the
-scripted engine themselves. `overhead` is the difference: tree, events, channel and reader. Both run in turn in the
-same process; the median and the range over the repeats are shown.
+Every session runs one block of threads in the ThreadWeaver format; every chunk is one token. `total` is all of it;
+`engine` is the same engine calls read by as many plain tasks, without sessions: the scheduler and the scripted engine
+themselves. `overhead` is the difference: tree, events, channel and reader. Both run in turn in the same process; the
+median and the range over the repeats are shown. The target is on wall time, which means something on a machine with
+a core to spare; the CPU time of the process stands beside it for a busy one.
 """
 
 from __future__ import annotations
