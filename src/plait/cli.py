@@ -124,7 +124,7 @@ Threads are shown side by side on a terminal, as plain lines elsewhere.
 @click.option("--max-threads", type=int, metavar="N", help="Forked threads at most; 0: no fork.")
 @click.option("--max-tokens", type=int, metavar="N", help="Tokens at most, all threads together.")
 @click.option("--deadline", type=float, metavar="S", help="Seconds at most.")
-@click.option("--temperature", type=float, metavar="T", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=click.FloatRange(min=0), metavar="T", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Same seed, same run.")
 @click.option(
     "--pace",

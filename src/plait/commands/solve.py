@@ -164,10 +164,10 @@ class _Solve:
 
     async def _watched(self, side: _Side, console: Console, title: str) -> tuple[_Result, float | None]:
         """Run; live where it takes long enough to be watched. Also for how long it was shown, None for not at all."""
-        from plait.terminal.screen import Screen, follow
+        from plait.terminal.screen import SLOW_S, Screen, follow
         from plait.terminal.view import View
 
-        patience = 0.0 if self.options.pace == "real" else QUICK_S
+        patience = {"real": 0.0, "auto": QUICK_S, "slow": SLOW_S}[self.options.pace]
         events: list[Event] = []
         async with self._opened_run(side, events) as (run, take):
             with anyio.move_on_after(patience) as quick:

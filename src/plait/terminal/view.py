@@ -186,9 +186,9 @@ class View:
         marks = [" "] * (width + 1)
         last = f"{scale} token steps"
         ends = [(str(n), round(n * width / scale)) for n in lengths if n < scale]
-        for number, end in [("0", 1), *ends, (last, width)]:
+        for number, end in [("0", 1), (last, width), *ends]:
             start = max(0, end - len(number))
-            if not "".join(marks[max(0, start - 1) : end + 1]).strip():
+            if not "".join(marks[max(0, start - 2) : end + 2]).strip():
                 marks[start:end] = number
         return Text(f"{'':>{gutter}}  {''.join(marks)}", style=QUIET, no_wrap=True)
 
