@@ -17,6 +17,7 @@ from plait.bench import (
     decision_curve,
     decisions,
     evaluate,
+    evaluate_gguf,
     problems,
     read_records,
     result,
@@ -29,6 +30,7 @@ from plait.engines.scripted import ScriptedEngine
 from plait.errors import EngineError, LogError, RequestError
 from plait.models import gold_model
 from plait.tasks.vocabulary import TOKENIZER
+from tiny_gguf import write_random_weights
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -126,6 +128,14 @@ def test_problems_of_families_are_distinct_and_in_turn() -> None:
     assert len({p.prompt for p in drawn}) == 8
     assert drawn == problems(["control", "product"], 4)
     assert all(tasks.held_out(p.prompt) for p in drawn)
+
+
+def test_a_gguf_file_is_scored_by_true_decoding(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    scores = evaluate_gguf(write_random_weights(tmp_path / "m.gguf"), n=1, concurrency=2, max_tokens=40)
+    assert set(scores) == {"long_multiplication", "control"}
+    assert scores["control"]["n"] == 1
+    assert 0 < scores["control"]["total_tokens"] <= 40
 
 
 # Figures ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from plait.commands.train import overrides
 from plait.errors import RequestError
 from plait.log import read_log, read_tree
 from plait.types import StopReason
-from tiny_gguf import write_model
+from tiny_gguf import write_model, write_random_weights
 
 QUESTION = "What is 347 * 526?"
 GOLD = ["--engine", "scripted"]
@@ -135,6 +135,19 @@ def test_without_an_answer_the_exit_code_says_so() -> None:
     assert "no answer: the run ended with budget (its share of max_tokens=10 is used up)" in result.stdout
     data = json.loads(plait("solve", QUESTION, *GOLD, "--max-threads", "0", "--json").stdout)
     assert (data["answer"], data["threads"]) == (None, 0)
+
+
+def test_weights_are_run_by_the_embedded_engine(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = write_random_weights(tmp_path / "m.gguf")
+    result = plait("solve", QUESTION, "--model", str(path), "--max-tokens", "40", "--json")
+    data = json.loads(result.stdout)
+    assert (data["engine"], data["model"].split("@")[0]) == ("llamacpp", "m")
+    assert 0 < data["total_tokens"] <= 40
+    assert result.exit_code == (0 if data["answer"] is not None else 1)
+    refused = plait("solve", QUESTION, "--model", str(path), "--format", "threadweaver")
+    assert refused.exit_code == 2
+    assert "trained in the multiverse format" in refused.stderr
 
 
 def test_panes_can_be_asked_for_where_the_output_is_no_terminal() -> None:

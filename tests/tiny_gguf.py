@@ -38,6 +38,30 @@ def config(**changes: Any) -> dict[str, Any]:
     return base | changes
 
 
+def write_random_weights(path: Path, *, max_context: int = 192) -> Path:
+    """A model that llama.cpp runs: one layer, random; it says nothing sensible. Needs the gguf package."""
+    import numpy as np
+
+    from plait.train.gguf import write_gguf
+
+    rng, width, inner, vocab = np.random.default_rng(0), 32, 64, len(TOKENIZER.tokens)
+    shapes = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+    tensors = {f"model.layers.0.{name}.weight": rng.standard_normal(shape) for name, shape in shapes.items()}
+    tensors["model.embed_tokens.weight"] = rng.standard_normal((vocab, width))
+    for name in ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm"):
+        tensors[f"model.{name}.weight"] = np.ones(width)
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": max_context,
+    }
+    return write_gguf(path, tensors, sizes, {"plait.config": json.dumps(config())})
+
+
 def write_model(path: Path, **changes: Any) -> Path:
     about = {
         "general.architecture": "llama",

@@ -124,7 +124,9 @@ Threads are shown side by side on a terminal, as plain lines elsewhere.
 @click.option("--max-threads", type=int, metavar="N", help="Forked threads at most; 0: no fork.")
 @click.option("--max-tokens", type=int, metavar="N", help="Tokens at most, all threads together.")
 @click.option("--deadline", type=float, metavar="S", help="Seconds at most.")
-@click.option("--temperature", type=click.FloatRange(min=0), metavar="T", default=0.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), metavar="T", default=0.0, show_default=True, help="0 is greedy."
+)
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Same seed, same run.")
 @click.option(
     "--pace",
@@ -232,7 +234,7 @@ model.gguf, which `--model` takes.
 @click.option(
     "--decode",
     type=click.IntRange(min=0),
-    default=16,
+    default=8,
     show_default=True,
     help="Problems of a family decoded per evaluation.",
 )

@@ -179,8 +179,13 @@ def evaluate_gguf(
     concurrency: int = 16,
     seed: int = 0,
     split: Split = "held_out",
+    max_tokens: int = 1536,
 ) -> dict[str, Any]:
     """Score a GGUF file by true decoding: what a trainer calls while it trains.
+
+    Args:
+        max_tokens: Of one problem. Twice what the longest gold trace needs: a model that is not trained yet goes on
+            until something stops it.
 
     Returns:
         For every family: n, accuracy, fork_right (shares), total_tokens and critical_path_tokens (means).
@@ -198,6 +203,7 @@ def evaluate_gguf(
                 format=model.format,
                 tokenizer=model.tokenizer,
                 model=model.id,
+                budget=Budget(max_tokens=max_tokens),
                 concurrency=concurrency,
                 seed=seed,
             )

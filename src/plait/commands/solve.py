@@ -111,7 +111,8 @@ class _Solve:
                 return await self._with_json(side, load_s)
             console = _console()
             lanes = self.options.lanes
-            if lanes if lanes is not None else console.is_terminal and not console.is_dumb_terminal:
+            able = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
+            if able if lanes is None else lanes:
                 return await self._with_picture(side, console)
             return await self._with_lines(side)
 

@@ -21,7 +21,7 @@ def train_sft(
     resume: bool = True,
     dry_run: bool = False,
     settings: Sequence[str] = (),
-    decode: int = 16,
+    decode: int = 8,
 ) -> int:
     """Train, or go on with a run that was interrupted.
 
