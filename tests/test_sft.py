@@ -14,6 +14,7 @@ pytestmark = pytest.mark.torch
 from plait.errors import ModelError, RequestError  # noqa: E402
 from plait.tasks.vocabulary import TOKENIZER  # noqa: E402
 from plait.train import checkpoint  # noqa: E402
+from plait.train.display import Lines  # noqa: E402
 from plait.train.sft import SFTConfig, config_from, load_config, to_toml, train  # noqa: E402
 from plait.tree import Segment, Tree  # noqa: E402
 
@@ -208,3 +209,12 @@ def test_gold_traces_of_the_tasks_train(tmp_path):
 def test_every_config_in_the_repository_is_valid(name):
     config = load_config(Path(__file__).parents[1] / "configs" / name)
     assert max(length for _, length in config.data.buckets) <= config.model.max_positions
+
+
+def test_progress_is_a_line_now_and_then():
+    lines: list[str] = []
+    every = Lines(lines.append, every_s=0)
+    every.progress(0.5, lambda: "step 1")
+    every.say("done")
+    Lines(lines.append, every_s=60).progress(0.5, lambda: "never made")
+    assert lines == [" 50.0%  step 1", "done"]

@@ -91,6 +91,7 @@ def gold_source(format: str, *, traces: str) -> Source:
     """
     from plait import tasks
     from plait.formats import open_format, render
+    from plait.models import prompt_ids
     from plait.tasks.vocabulary import TOKENIZER
 
     if traces not in ("parallel", "serial"):
@@ -100,7 +101,7 @@ def gold_source(format: str, *, traces: str) -> Source:
     def draw(family: str, rng: random.Random, split: Literal["train", "held_out"]) -> Tree:
         problem = tasks.sample(family, rng, split)
         trace = tasks.gold(problem, parallel=traces == "parallel")
-        prompt_ids = (*TOKENIZER.bos_ids, *TOKENIZER.encode(problem.prompt))
-        return render(trace, format=opened, tokenizer=TOKENIZER, prompt_ids=prompt_ids)
+        ids = prompt_ids(TOKENIZER, problem.prompt)
+        return render(trace, format=opened, tokenizer=TOKENIZER, prompt_ids=ids)
 
     return draw
