@@ -16,13 +16,14 @@ import json
 import statistics
 import time
 from itertools import islice
+from typing import Any
 
 import anyio
 
 from plait import tasks
 from plait.engines.base import Engine
 from plait.formats import open_format, render
-from plait.models import load_model
+from plait.models import DEFAULT, load_model, prompt_ids
 from plait.tree import Segment, Tree
 from plait.types import Context, Merge, SamplingParams
 
@@ -88,14 +89,14 @@ class Replay:
         return [*ids, *segment.forced_ids[len(ids) :]]
 
 
-async def measure(problems: int, rounds: int) -> list[dict[str, object]]:
-    model = load_model()
+async def measure(name: str, problems: int, rounds: int, options: dict[str, Any]) -> list[dict[str, object]]:
+    model = load_model(name)
     tokenizer = model.tokenizer
     formats = {name: open_format(name, tokenizer) for name in FORMATS}
     known = sum(not t.startswith("<reserved") for t in tokenizer.tokens)
     walls: dict[str, list[list[float]]] = {name: [] for name in FORMATS}
     tokens: dict[str, list[int]] = {name: [] for name in FORMATS}
-    async with model.open_engine() as engine:
+    async with model.open_engine(**options) as engine:
         for family in FAMILIES:
             drawn = (p for p in tasks.problems(family, seed=11, split="held_out") if p.forks)
             for problem in islice(drawn, problems // len(FAMILIES)):
@@ -104,7 +105,7 @@ async def measure(problems: int, rounds: int) -> list[dict[str, object]]:
                         tasks.gold(problem, parallel=name != "sequential"),
                         format=format,
                         tokenizer=tokenizer,
-                        prompt_ids=model.prompt_ids(problem.prompt),
+                        prompt_ids=prompt_ids(tokenizer, problem.prompt),
                     )
                     for name, format in formats.items()
                 }
@@ -136,13 +137,20 @@ async def measure(problems: int, rounds: int) -> list[dict[str, object]]:
     return rows
 
 
+def option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT)
     parser.add_argument("--problems", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="the rows as one line of JSON")
+    parser.add_argument("--option", action="append", default=[], type=option, metavar="NAME=VALUE", help="of the engine")
     args = parser.parse_args()
-    rows = anyio.run(measure, args.problems, args.rounds)
+    rows = anyio.run(measure, args.model, args.problems, args.rounds, dict(args.option))
     if args.json:
         print(json.dumps(rows))
         return

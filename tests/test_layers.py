@@ -36,10 +36,11 @@ HEAVY = {
     "torch": ("train",),
     "gguf": ("train/gguf.py",),
     "numpy": ("engines/llamacpp", "train", "testing/reference.py"),
-    "rich": ("terminal", "commands", "cli.py"),
+    "rich": ("terminal", "commands", "cli.py", "train/display.py"),
     "click": ("commands", "cli.py"),
     "hypothesis": ("testing/strategies.py",),
-    "trio": ("testing/clock.py",),
+    # An engine that is woken from its own thread has to ask the running loop how.
+    "trio": ("testing/clock.py", "engines/llamacpp/engine.py"),
 }
 """Where a package may be imported at all."""
 

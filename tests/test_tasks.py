@@ -64,7 +64,7 @@ def test_the_spoken_question_and_the_prompt_parse_back_to_the_problem(name: str,
 @given(families, seeds)
 def test_every_gold_trace_is_in_the_vocabulary_of_every_format(name: str, seed: int) -> None:
     problem = draw(name, seed)
-    prompt_ids = (*TOKENIZER.bos_ids, *TOKENIZER.encode(problem.prompt))
+    prompt_ids = (*TOKENIZER.bos_ids, *TOKENIZER.encode(tasks.spelled(problem.prompt)))
     for format in ("multiverse", "threadweaver"):
         tree = render(
             tasks.gold(problem, parallel=True),

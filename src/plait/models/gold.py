@@ -6,18 +6,21 @@ the families' own arithmetic, so it is never what answers a question unless it i
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Literal
 
 from plait import tasks
 from plait.engines.scripted import Script
 from plait.formats import format_class, open_format, render
-from plait.models.model import Model
+from plait.models.model import Model, prompt_ids
 from plait.tasks.vocabulary import TOKENIZER
 from plait.tree import Tree
 from plait.types import Context, Merge
 
 NAME = "gold"
+PLACE = re.compile("[a-z]")
+"""What `tasks.spelled` adds to a prompt."""
 
 
 def gold_model(format: str | None = None, *, traces: Literal["parallel", "serial"] = "parallel") -> Model:
@@ -52,9 +55,9 @@ def gold_script(format: str, *, parallel: bool) -> Script:
     @lru_cache(maxsize=256)
     def said(prompt: str) -> dict[Context, list[int]]:
         problem = tasks.parse(prompt)
-        prompt_ids = (*TOKENIZER.bos_ids, *TOKENIZER.encode(problem.prompt))
+        ids = prompt_ids(TOKENIZER, problem.prompt)
         trace = tasks.gold(problem, parallel=parallel)
-        tree: Tree = render(trace, format=opened, tokenizer=TOKENIZER, prompt_ids=prompt_ids)
+        tree: Tree = render(trace, format=opened, tokenizer=TOKENIZER, prompt_ids=ids)
         out: dict[Context, list[int]] = {}
         for segment in tree.segments.values():
             out.setdefault(tree.context(segment.id), segment.sampled_ids)
@@ -63,7 +66,7 @@ def gold_script(format: str, *, parallel: bool) -> Script:
     def script(context: Context) -> list[int]:
         first = context[0]
         assert not isinstance(first, Merge), "a context begins with its prompt"
-        text = TOKENIZER.decode(first[len(TOKENIZER.bos_ids) :])
+        text = PLACE.sub("", TOKENIZER.decode(first[len(TOKENIZER.bos_ids) :]))
         # A budget can lead where no gold trace goes: then there is nothing to say.
         return said(f"{text.partition('?')[0]}?").get(context, list(TOKENIZER.eos_ids))
 

@@ -117,7 +117,7 @@ class Model:
 
 def prompt_ids(tokenizer: FixedTokenizer, prompt: str) -> tuple[int, ...]:
     """A canonical question as a model reads it: what the trainer puts in front of a trace."""
-    return (*tokenizer.bos_ids, *tokenizer.encode(prompt))
+    return (*tokenizer.bos_ids, *tokenizer.encode(tasks.spelled(prompt)))
 
 
 def response_text(tree: Tree, tokenizer: Tokenizer) -> str:

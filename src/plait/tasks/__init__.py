@@ -15,7 +15,7 @@ from plait.tasks.control import Control
 from plait.tasks.countdown import Countdown
 from plait.tasks.expression import Expression
 from plait.tasks.long_multiplication import LongMultiplication
-from plait.tasks.notation import canonical
+from plait.tasks.notation import canonical, spelled
 from plait.tasks.product import Product
 
 _FAMILIES: tuple[Family, ...] = (LongMultiplication(), Product(), Expression(), Bundle(), Countdown(), Control())
@@ -121,4 +121,5 @@ __all__ = [
     "parse",
     "problems",
     "sample",
+    "spelled",
 ]

@@ -9,7 +9,7 @@ from plait.formats.base import Trajectory
 from plait.tasks.base import Problem
 from plait.tasks.notation import Expression, Product, Sum, parse_expression
 from plait.tasks.terms import number
-from plait.tasks.worked import Products, add, answer, reversed_digits
+from plait.tasks.worked import Products, add, answer, found
 
 _MAX_VALUE = 99_999
 
@@ -106,7 +106,7 @@ class Control:
         lines: list[str] = []
         for i, (sign, operands) in enumerate(steps):
             if sign == "+":
-                restated = "" if i == len(steps) - 1 else reversed_digits(values[i + 1])
+                restated = "" if i == len(steps) - 1 else found(values[i + 1])
                 lines.append(add((values[i], *operands)) + restated)
             else:
                 lines.append(Products(((values[i], operands[0]),), final=False).serial())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from plait.errors import RequestError
+from plait.tasks.worked import PLACES
 
 MAX_QUESTION = 2000
 """Characters; a longer text is no question of any family."""
@@ -75,6 +76,17 @@ def canonical(text: str) -> str:
     if not questions:
         raise RequestError("the question has no numbers in it")
     return f"{';'.join(questions)}?"
+
+
+def spelled(prompt: str) -> str:
+    """A canonical question as a model reads it: each digit after the letter of its place. Countdown's stay as they are.
+
+    >>> spelled("347*20?"), spelled("25,7>32?")
+    ('c3b4a7*b2a0?', '25,7>32?')
+    """
+    if ">" in prompt:
+        return prompt
+    return re.sub(r"\d+", lambda m: "".join(f"{p}{d}" for p, d in zip(PLACES[len(m[0]) - 1 :: -1], m[0], strict=True)), prompt)
 
 
 def parse_expression(text: str) -> Expression:

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from plait.tasks.notation import Expression, Product, Sum
-from plait.tasks.worked import Products, add, add_cost, answer_cost, reversed_digits
+from plait.tasks.worked import Products, add, add_cost, answer_cost, found, found_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ class Term:
         return str(self.addends[0])
 
     def work(self) -> str:
-        """On one line; ends in its reversed digits."""
+        """On one line; ends in its value."""
         total = sum(self.addends)
         steps: list[str] = []
         if len(self.addends) > 1:
-            steps.append(add(self.addends) + reversed_digits(total))
+            steps.append(add(self.addends) + found(total))
         if self.factor is not None:
             steps.append(Products(((total, self.factor),), final=False).serial())
         return ";".join(steps)
@@ -46,7 +46,7 @@ class Term:
         digits = [len(str(n)) for n in self.addends]
         cost = 0
         if len(self.addends) > 1:
-            cost += add_cost(digits) + 2 + max(digits)
+            cost += add_cost(digits) + found_cost(max(digits) + 1)
         if self.factor is not None:
             # The digits of a bracket are not in the prompt; as many as its longest number is the usual case.
             stand_in = 10 ** max(digits) - 1

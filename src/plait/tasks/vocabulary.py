@@ -1,4 +1,5 @@
-"""The vocabulary of the models that Plait trains itself: single digits, signs, a few words, and the control tokens.
+"""The vocabulary of the models that Plait trains itself: single digits, signs, place letters, a few
+words, and the control tokens.
 
 Digits are ids 0-9. Texts are what `decode` prints. Control tokens of every format are here, so that one vocabulary
 serves all of them; a model knows those it was trained on.
@@ -6,12 +7,14 @@ serves all of them; a model knows those it was trained on.
 
 from __future__ import annotations
 
+from plait.tasks.worked import PLACES
 from plait.tokenizer import FixedTokenizer
 
 WORDS = (
     *"0123456789",
     *"+-*/=()",
     *",;?:~!>",
+    *PLACES,
     " ",
     "\n",
     ": ",

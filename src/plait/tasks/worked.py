@@ -1,8 +1,9 @@
 """Arithmetic worked on paper, as text: the steps that every family's gold traces are made of, and what they cost.
 
-Results that are used again are written after `~` with the least significant digit first, so that a column of a sum
-is the same distance into every row. Costs are tokens of the embedded vocabulary, estimated from digit counts alone:
-from what a model can see when it has to decide.
+Every digit that is used again stands after the letter of its place (`a` units, `b` tens, ...): a model finds the digits
+of a column by their letter, wherever their rows are. Rows are written after `~`, values after `>`. Costs are tokens of
+the embedded vocabulary, estimated from digit counts alone: from what a model can see when it has to decide.
+Place letters: index hints, Zhou et al. 2023, "What Algorithms can Transformers Learn?" (arXiv:2310.16028).
 """
 
 from __future__ import annotations
@@ -16,36 +17,50 @@ FORK_MARGIN = 0.25
 """Forking is right where it shortens the critical path by at least this share: threads cost total tokens too."""
 
 
-def reversed_digits(value: int) -> str:
-    """A result to be used again: `~2802` is 2082."""
-    return "~" + str(value)[::-1]
+PLACES = "abcdefghijkl"
 
 
-def row(a: int, digit: int, zeros: int) -> str:
-    """A number times one digit and a power of ten.
+def placed(value: int) -> str:
+    """Digits with their places, units first: 2082 is `a2b8c0d2`."""
+    return "".join(f"{PLACES[k]}{digit}" for k, digit in enumerate(reversed(str(value))))
+
+
+def given(value: int) -> str:
+    """A row of a sum."""
+    return f"~{placed(value)}"
+
+
+def found(value: int) -> str:
+    """A value that later steps use."""
+    return f">{placed(value)}"
+
+
+def row(a: int, digit: int, zeros: int, *, alone: bool = False) -> str:
+    """A number times one digit and a power of ten; `alone` where it is the whole product.
 
     >>> row(347, 2, 1)
-    '347*20: 7*2=14,14+0=14 4*2=08,08+1=09 3*2=06,06+0=06~04960'
+    '347*20: b7*2=14,14+0=14 c4*2=08,08+1=09 d3*2=06,06+0=06~a0b4c9d6'
     """
     steps: list[str] = []
     carry = 0
-    for x in reversed(str(a)):
+    for k, x in enumerate(reversed(str(a))):
         product = int(x) * digit
         value = product + carry
-        steps.append(f"{x}*{digit}={product:02d},{product:02d}+{carry}={value:02d}")
+        steps.append(f"{PLACES[k + zeros]}{x}*{digit}={product:02d},{product:02d}+{carry}={value:02d}")
         carry = value // 10
-    return f"{a}*{digit}{'0' * zeros}: {' '.join(steps)}{reversed_digits(a * digit * 10**zeros)}"
+    result = a * digit * 10**zeros
+    return f"{a}*{digit}{'0' * zeros}: {' '.join(steps)}{found(result) if alone else given(result)}"
 
 
 def row_cost(digits: int, zeros: int) -> int:
-    return 17 * digits + 2 * zeros + 4
+    return 19 * digits + 3 * zeros + 5
 
 
 def columns(values: Sequence[int]) -> str:
-    """A sum, column by column from the right: a carry and a digit each.
+    """A sum, column by column from the right: the place, a carry and a digit each.
 
     >>> columns([2082, 6940])
-    'Sum: 02121009'
+    'Sum: a02b12c10d09'
     """
     rows = [str(v)[::-1] for v in values]
     width = max(map(len, rows))
@@ -54,12 +69,16 @@ def columns(values: Sequence[int]) -> str:
     while k < width or carry:
         total = carry + sum(int(r[k]) for r in rows if k < len(r))
         carry = total // 10
-        out.append(f"{carry}{total % 10}")
+        out.append(f"{PLACES[k]}{carry}{total % 10}")
         k += 1
     return "Sum: " + "".join(out)
 
 
 def columns_cost(width: int) -> int:
+    return 1 + 3 * width
+
+
+def found_cost(width: int) -> int:
     return 1 + 2 * width
 
 
@@ -71,13 +90,13 @@ def add(values: Sequence[int]) -> str:
     """A sum of given numbers on one line, its result not yet restated.
 
     >>> add([47, 9])
-    '~74~9Sum: 1605'
+    '~a7b4~a9Sum: a16b05'
     """
-    return "".join(map(reversed_digits, values)) + columns(values)
+    return "".join(map(given, values)) + columns(values)
 
 
 def add_cost(digits: Sequence[int]) -> int:
-    return sum(d + 1 for d in digits) + columns_cost(max(digits) + 1)
+    return sum(2 * d + 1 for d in digits) + columns_cost(max(digits) + 1)
 
 
 def multiplier_parts(b: int) -> list[tuple[int, int]]:
@@ -99,7 +118,11 @@ class Products:
 
     @property
     def rows(self) -> list[str]:
-        return [row(a, d, z) for a, b in self.pairs for d, z in multiplier_parts(b)]
+        rows: list[str] = []
+        for a, b in self.pairs:
+            parts = multiplier_parts(b)
+            rows += [row(a, d, z, alone=len(parts) == 1) for d, z in parts]
+        return rows
 
     @property
     def labels(self) -> list[str]:
@@ -112,7 +135,7 @@ class Products:
         for a, b in self.pairs:
             parts = [a * d * 10**z for d, z in multiplier_parts(b)]
             if len(parts) > 1:
-                out.append(columns(parts) + ("" if self.final else reversed_digits(a * b)))
+                out.append(columns(parts) + ("" if self.final else found(a * b)))
         return ";".join(out)
 
     def serial(self) -> str:
@@ -129,7 +152,7 @@ class Products:
         for a, b in self.pairs:
             width = len(str(a)) + len(str(b))
             if len(multiplier_parts(b)) > 1:
-                cost += columns_cost(width) + (0 if self.final else 1 + width)
+                cost += columns_cost(width) + (0 if self.final else found_cost(width))
         return cost + (answer_cost(sum(len(str(x)) for x in self.pairs[0])) if self.final else 0)
 
     def _row_costs(self) -> list[int]:
