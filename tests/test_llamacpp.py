@@ -13,10 +13,10 @@ from typing import Any
 
 import anyio
 import pytest
-import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny_llama
 from plait.engines.base import EngineStats
 from plait.engines.llamacpp import LlamaCppEngine, binding
 from plait.errors import ContextLengthError, EngineUnavailable, ModelError, RequestError
@@ -213,6 +213,10 @@ async def test_branches_that_are_alike_are_all_seen(gguf: Path) -> None:
             context: Context = (PROMPT, Merge(tuple((t,) for t in twins)), (31,))
             ids, logprobs, _ = await call(engine, context)
             assert_greedy(context, ids, logprobs)
+        inner = Merge((((30, 1),), ((8,),)))
+        context = (PROMPT, Merge((((30, 1),), (inner, (9,)))), (31,))  # a branch that begins with a merge
+        ids, logprobs, _ = await call(engine, context)
+        assert_greedy(context, ids, logprobs)
         long = tuple(range(10, 30))
         await call(engine, ((*PROMPT, *long, 1, 2),), max_tokens=1)
         await call(engine, ((*PROMPT, *long, 3, 4),), max_tokens=1)  # shares most cells with the one before
@@ -344,8 +348,8 @@ async def test_closing_some_calls_frees_them_while_others_go_on(gguf: Path) -> N
                 async with aclosing(engine.generate(((i, 1, 2),), SamplingParams(max_tokens=400))) as chunks:
                     await anext(chunks)
             with anyio.fail_after(1):
-                while engine.stats().active > 1:
-                    await anyio.sleep(0)
+                while engine.stats().active > 1:  # noqa: ASYNC110 - nothing tells
+                    await anyio.sleep(0.001)
         with anyio.move_on_after(0):
             await call(engine, (PROMPT,), max_tokens=400)
         ids, _, stop = kept[0]
@@ -362,8 +366,7 @@ async def test_leaving_ends_the_calls_that_still_run(gguf: Path) -> None:
         chunks = engine.generate((PROMPT,), SamplingParams(max_tokens=500))
         await anext(chunks)
     with pytest.raises(EngineUnavailable, match="closed"):
-        while True:
-            await anext(chunks)
+        [chunk async for chunk in chunks]
     with pytest.raises(EngineUnavailable, match="closed"):
         engine.meta("plait.config")
     with pytest.raises(EngineUnavailable, match="once"):
@@ -415,6 +418,66 @@ def test_dropping_the_cache_at_any_point_changes_no_token(gguf: Path, seed: int,
                 assert_balanced(engine)
 
     anyio.run(program)
+
+
+def random_context(rng: random.Random, base: Context, depth: int) -> Context:
+    """A few tokens and merges after `base`, from so few ids that beginnings coincide."""
+    parts = list(base)
+    for _ in range(rng.randint(1, 2)):
+        if rng.random() < 0.5:
+            parts.append(tuple(rng.randrange(3) for _ in range(rng.randint(1, 20))))
+        elif depth:
+            branches = tuple(random_context(rng, (), depth - 1) for _ in range(rng.randint(1, 3)))
+            parts += [Merge(branches), (5,)]
+    return (*parts, (rng.randrange(3),))
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**32))
+def test_calls_that_crowd_each_other_out_and_are_cut_off_leave_nothing_behind(gguf: Path, seed: int) -> None:
+    """P9 and C7: nested merges, too few sequences and cells, readers that go away; what ends, ends right."""
+    rng = random.Random(seed)
+    options = {
+        "max_seqs": rng.choice([4, 8, 32]),
+        "cells": rng.choice([256, 512]),
+        "keep": rng.choice([0, 128]),
+        "prefill_rows": rng.choice([1, 8, 64]),
+        "flush_s": rng.choice([0, 0.01]),
+    }
+
+    async def program() -> None:
+        pool: list[Context] = [(PROMPT,)]
+
+        async def one(engine: LlamaCppEngine, context: Context, most: int, cut: bool) -> None:
+            ids: list[int] = []
+            logprobs: list[float] = []
+            try:
+                async with aclosing(engine.generate(context, SamplingParams(max_tokens=most, stop_ids=(0,)))) as chunks:
+                    async for chunk in chunks:
+                        ids += chunk.token_ids
+                        logprobs += chunk.logprobs
+                        if cut and rng.random() < 0.3:
+                            break
+            except RequestError:
+                return  # nested too deep, or too long
+            assert_greedy(_joined(context), ids[:1], logprobs[:1])
+            pool.append(_joined((*context, tuple(ids))))
+
+        async with exact(gguf, **options) as engine:
+            for _ in range(3):
+                with anyio.fail_after(20):
+                    async with anyio.create_task_group() as tasks:
+                        for _ in range(rng.randint(1, 6)):
+                            context = random_context(rng, rng.choice(pool), rng.randint(0, 2))
+                            tasks.start_soon(one, engine, context, rng.randint(1, 40), rng.random() < 0.3)
+                        if rng.random() < 0.2:
+                            await anyio.sleep(0.002)
+                            tasks.cancel_scope.cancel()
+                    while engine.stats().active or engine.stats().queued:  # noqa: ASYNC110 - nothing tells
+                        await anyio.sleep(0.001)
+                assert_balanced(engine)
+
+    anyio.run(program, backend=rng.choice(["asyncio", "trio"]))
 
 
 def test_strings_of_the_header_are_read(gguf: Path) -> None:

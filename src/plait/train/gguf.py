@@ -145,7 +145,7 @@ def _renamed(tensors: Mapping[str, npt.NDArray[Any]], config: Mapping[str, Any])
 
 
 def _interleaved(array: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """Rows of each head from halves (x0..., y0...), as Hugging Face rotates, to pairs (x0 y0 ...), as llama.cpp does."""
+    """Rows of each head from halves (x0.. y0..), as Hugging Face rotates, to pairs (x0 y0 ..), as llama.cpp does."""
     return array.reshape(heads, 2, array.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
 
 

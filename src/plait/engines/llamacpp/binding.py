@@ -266,7 +266,7 @@ class Decoder:
             # The buffer moves only when it grows, so there are few addresses; rows beyond `count` are never touched.
             shape = (len(self.tokens), self._model.vocab_size)
             raw = (_f32 * (shape[0] * shape[1])).from_address(address)
-            view = self._views[address] = np.frombuffer(raw, np.float32).reshape(shape)
+            view = self._views[address] = np.ctypeslib.as_array(raw).reshape(shape)
         return view[:count]
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:

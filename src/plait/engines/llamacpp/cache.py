@@ -102,6 +102,12 @@ class Node:
                     yield inner, False
             node = node.parent
 
+    def touches(self, seqs: Sequence[Seq]) -> bool:
+        """Whether one of these sequences holds a cell of this run or merge."""
+        if not seqs:
+            return False
+        return any(not n.holders.isdisjoint(seqs) for n, _ in self.path(self.parent))
+
 
 class Seq:
     """One of the decoder's sequences: it holds every node on the path to its tip."""
@@ -143,14 +149,14 @@ class Cache:
     # Finding
 
     def find(
-        self, parts: Sequence[Part], *, start: Node | None = None, spare: int = 0, apart: Seq | None = None
+        self, parts: Sequence[Part], *, start: Node | None = None, spare: int = 0, apart: Sequence[Seq] = ()
     ) -> tuple[Node, tuple[Part, ...]]:
         """The deepest node that holds a beginning of `parts`, and the parts that remain.
 
         Args:
             start: Where `parts` begin; the root if not given.
             spare: Tokens at the very end that must remain (to sample, the last one has to be computed again).
-            apart: A sequence whose cells must not be used: the branches of a merge never share any.
+            apart: Sequences whose cells below `start` must not be used: the branches of a merge never share any.
         """
         node, at, offset = self._deepest(start or self.root, parts, 0, 0, spare, apart)
         if at < len(parts) and offset:
@@ -158,7 +164,7 @@ class Cache:
         return node, tuple(parts[at:])
 
     def _deepest(
-        self, node: Node, parts: Sequence[Part], at: int, offset: int, spare: int, apart: Seq | None
+        self, node: Node, parts: Sequence[Part], at: int, offset: int, spare: int, apart: Sequence[Seq]
     ) -> tuple[Node, int, int]:
         best = (node, at, offset)
         if at == len(parts):
@@ -166,7 +172,7 @@ class Cache:
         part = parts[at]
         if isinstance(part, Merge):
             for merged in node.merges.get(part, ()):
-                if apart is None or apart not in merged.holders:
+                if not merged.touches(apart):
                     best = max(best, self._deepest(merged, parts, at + 1, 0, spare, apart), key=_reach)
             return best
         limit = len(part) - (spare if at == len(parts) - 1 else 0)
@@ -174,7 +180,7 @@ class Cache:
             return best
         partial: tuple[Node, int] | None = None
         for child in node.children.get(part[offset], ()):
-            if apart is not None and apart in child.holders:
+            if not child.holders.isdisjoint(apart):
                 continue
             ids = child.key
             assert isinstance(ids, tuple)
@@ -188,14 +194,16 @@ class Cache:
         if partial is not None:
             after = offset + partial[1]
             reached = (at + 1, 0) if after == len(part) else (at, after)
-            if reached > best[1:]:
-                best = (self._split(*partial), *reached)
+            if reached > _reach(best):
+                best = (self._split(*partial), reached[0], reached[1])
         return best
 
     def _split(self, node: Node, count: int) -> Node:
         """Cut a run after `count` tokens; the upper part is a new node, `node` becomes the lower part."""
         ids, parent = node.key, node.parent
-        assert isinstance(ids, tuple) and parent is not None and node.row is None
+        assert isinstance(ids, tuple)
+        assert parent is not None
+        assert node.row is None
         upper = Node(parent, ids[:count], node.start + count)
         upper.holders, upper.trunk, upper.live = set(node.holders), set(node.trunk), node.live
         for seq in upper.holders:
@@ -386,7 +394,7 @@ class Cache:
 
 
 def _reach(found: tuple[Node, int, int]) -> tuple[int, int]:
-    return found[1:]
+    return found[1], found[2]
 
 
 def _common(ids: tuple[int, ...], run: tuple[int, ...], offset: int, limit: int) -> int:

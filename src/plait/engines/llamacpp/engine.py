@@ -7,7 +7,6 @@ threads, formats or text.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable
 from itertools import count
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import anyio.to_thread
 
 from plait.engines.base import EngineStats
@@ -127,10 +127,23 @@ class LlamaCppEngine:
 
     async def _work(self, scheduler: Scheduler, stopped: anyio.Event) -> None:
         """Run the scheduler in a thread that lives as long as the engine; it ends only when told to close."""
+
+        def work() -> None:
+            # Freed by the thread that uses it, so that no way out of the event loop can free it under a decode.
+            try:
+                scheduler.run()
+            finally:
+                self._free()
+
         try:
-            await anyio.to_thread.run_sync(scheduler.run, limiter=anyio.CapacityLimiter(1))
+            await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
         finally:
             stopped.set()
+
+    def _free(self) -> None:
+        if self._decoder is not None:
+            self._decoder.close()
+        self._model.close()
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
@@ -139,16 +152,14 @@ class LlamaCppEngine:
 
     async def aclose(self) -> None:
         """End every call and free the memory; again is fine."""
-        if not self._closed:
-            self._closed = True
-            if self._scheduler is not None:
-                self._scheduler.inbox.put(("close", None))
-        if self._stopped is not None:
-            with anyio.CancelScope(shield=True):
-                await self._stopped.wait()
-        if self._decoder is not None:
-            self._decoder.close()
-        self._model.close()
+        first, self._closed = not self._closed, True
+        if self._scheduler is None or self._stopped is None:
+            self._free()
+            return
+        if first:
+            self._scheduler.inbox.put(("close", None))
+        with anyio.CancelScope(shield=True):
+            await self._stopped.wait()
 
     def stats(self) -> EngineStats:
         """Counters since it was opened."""
@@ -227,12 +238,8 @@ def _check_ids(parts: Context, vocab_size: int) -> None:
 
 def _poster() -> Callable[..., object]:
     """The running event loop's way to be called from another thread without waiting for it."""
-    try:
-        return asyncio.get_running_loop().call_soon_threadsafe
-    except RuntimeError:
-        import trio.lowlevel
-
-        return trio.lowlevel.current_trio_token().run_sync_soon
+    loop: Any = anyio.lowlevel.current_token().native_token
+    return loop.run_sync_soon if hasattr(loop, "run_sync_soon") else loop.call_soon_threadsafe
 
 
 def _deliver(deliveries: list[Delivery]) -> None:

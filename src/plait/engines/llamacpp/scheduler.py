@@ -12,7 +12,7 @@ Talks to the event loop by an inbox of messages and a `post` function; knows not
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
@@ -21,7 +21,7 @@ import numpy as np
 
 from plait.engines.llamacpp.binding import Decoder
 from plait.engines.llamacpp.cache import Cache, Node, Part, Seq, normalise
-from plait.engines.llamacpp.sampling import Sampler, uniforms
+from plait.engines.llamacpp.sampling import Floats, Sampler, uniforms
 from plait.errors import EngineError, EngineUnavailable
 from plait.types import Merge, SamplingParams, StopReason, context_cells
 
@@ -105,6 +105,11 @@ class Fill:
         """Branches of the merge at hand that this sequence already holds."""
 
     @property
+    def apart(self) -> list[Seq]:
+        """Sequences that branches of its merge must not share cells with: its own, and those it is a branch for."""
+        return [self.seq, *(self.parent.apart if self.parent is not None else ())]
+
+    @property
     def tokens(self) -> int:
         return context_cells(tuple(self.parts))
 
@@ -129,7 +134,7 @@ class Scheduler:
         cache: Cache,
         sampler: Sampler,
         *,
-        post: Callable[[list[Delivery]], None],
+        post: Callable[[list[Delivery]], object],
         prefill_rows: int,
         flush_s: float,
     ) -> None:
@@ -264,22 +269,10 @@ class Scheduler:
         slots = len(self.slots)
         if not self._plan_room(slots):
             return
-        fed: list[tuple[Fill, tuple[int, ...]]] = []
         self._rows = slots
-        self._admit()
-        if slots or self.fills:
-            self._feed_tails()
-        quota = self._prefill_rows if slots else len(self._decoder.tokens)
-        for fill in self.fills:  # grows where a branch has to be computed
-            share = max(1, min(quota, self._left) // max(1, len(self.fills) - len(fed)))
-            ids = self._advance(fill, share)
-            if ids:
-                fed.append((fill, ids))
-                quota = max(1, quota - len(ids))
-        if self._rows == 0:
-            return
+        fed = self._compose(slots)
         start = perf_counter()
-        code = self._decoder.decode(self._rows)
+        code = self._decoder.decode(self._rows) if self._rows else 0
         if code:
             return self._broken(code)
         self._cache.land()
@@ -287,18 +280,37 @@ class Scheduler:
             self._cache.extend(fill.seq, ids)
             self.prefill_tokens += len(ids)
         self._decoder.positions[:slots] += 1
-        for fill in [f for f, _ in fed if not f.parts]:
+        for fill in [f for f in self.fills if not f.parts]:
             self._filled(fill)
         self._cache.trim()  # not earlier: what a new call shares or merges is live now
-        count = len(self.slots)
-        if count == 0:
+        if self.slots:
+            logits = self._decoder.logits(len(self.slots))
             self.decode_s += perf_counter() - start
-            self.steps += 1
-            return
-        logits = self._decoder.logits(count)
-        self.decode_s += perf_counter() - start
-        self._sampler.sample(logits, self._decoder.tokens[:count], self._logprobs[0, :count])
-        self._ids[0, :count] = self._decoder.tokens[:count]
+            self._first(logits)
+        else:
+            self.decode_s += perf_counter() - start
+            self.steps += self._rows > 0
+
+    def _compose(self, slots: int) -> list[tuple[Fill, tuple[int, ...]]]:
+        """Put everything that is not a sampling row into the batch; returns which fill got which tokens."""
+        self._admit()
+        if slots or self.fills:
+            self._feed_tails()
+        fed: list[tuple[Fill, tuple[int, ...]]] = []
+        quota = self._prefill_rows if slots else len(self._decoder.tokens)
+        for fill in self.fills:  # grows where a branch has to be computed
+            share = max(1, min(quota, self._left) // max(1, len(self.fills) - len(fed)))
+            ids = self._advance(fill, share)
+            if ids:
+                fed.append((fill, ids))
+                quota = max(1, quota - len(ids))
+        return fed
+
+    def _first(self, logits: Floats) -> None:
+        """The sampling half of a mixed step: calls that were let in sample their first token."""
+        slots = len(self.slots)
+        self._sampler.sample(logits, self._decoder.tokens[:slots], self._logprobs[0, :slots])
+        self._ids[0, :slots] = self._decoder.tokens[:slots]
         self._steps = 1
         self._settle()
 
@@ -476,7 +488,7 @@ class Scheduler:
         self._tails.clear()
 
     def _fork(
-        self, parts: tuple[Part, ...], *, start: Node | None = None, apart: Seq | None = None, spare: int = 0
+        self, parts: tuple[Part, ...], *, start: Node | None = None, apart: Sequence[Seq] = (), spare: int = 0
     ) -> tuple[Seq, list[Part]]:
         """A new sequence that holds as much of `parts` as is cached, and what remains."""
         cache = self._cache
@@ -545,7 +557,7 @@ class Scheduler:
         in flight, if it is the longest (or as long): then the row belongs to branch and parent alike, and what
         follows can be computed in the same step.
         """
-        cache, base = self._cache, fill.seq.tip
+        cache, base, apart = self._cache, fill.seq.tip, fill.apart
         if base.row is not None:
             return False
         late: dict[int, Node | Seq] = {}
@@ -554,7 +566,7 @@ class Scheduler:
         for i, branch in enumerate(key.branches):
             if i in fill.tips:
                 continue
-            node, rest = cache.find(branch, start=base, apart=fill.seq)
+            node, rest = cache.find(branch, start=base, apart=apart)
             if not rest and node.row is None:
                 cache.absorb(fill.seq, node)
                 fill.tips[i] = node
@@ -572,7 +584,7 @@ class Scheduler:
                 late[i] = coming
         nodes = {i: self._feed_pending(c) if isinstance(c, Seq) else c for i, c in late.items()}
         if missing is not None and cache.available:
-            seq, rest = self._fork(key.branches[missing], start=base, apart=fill.seq)
+            seq, rest = self._fork(key.branches[missing], start=base, apart=apart)
             fill.sub = Fill(seq, rest, parent=fill)
             fill.sub.branch = missing
             self.fills.append(fill.sub)
@@ -583,7 +595,7 @@ class Scheduler:
             return False
         for i, node in nodes.items():
             assert node.row is not None
-            if any(n in fill.seq.held for n, _ in node.path(base)):
+            if any(not n.holders.isdisjoint(apart) for n, _ in node.path(base)):
                 return False  # it shares cells with a branch just taken: it will be computed again
             cache.absorb(fill.seq, node)
             self._couple(node.row, fill.seq.id)
