@@ -18,206 +18,29 @@ import signal
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from plait.errors import ModelError, RequestError, nearest
+from plait.errors import ModelError, RequestError
 from plait.formats import format_class
 from plait.tasks.vocabulary import TOKENIZER
 from plait.train import checkpoint
+from plait.train.config import ScheduleConfig, SFTConfig, config_from, identity, load_config, to_toml
 from plait.train.data import Source, Stream, gold_source
 from plait.train.display import Display, Say, open_display
-from plait.train.model import Decoder, ModelConfig
+from plait.train.model import Decoder
 from plait.train.packing import Bucket, PackedBatch, Packer
 from plait.train.trie import TrieBatch, flatten
 
 OnEval: TypeAlias = Callable[[Path, int], Mapping[str, Any]]
 """Scores a GGUF file by true parallel decoding: path and step in, scores out."""
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    format: str
-    """Name of the trajectory format."""
-    traces: Literal["parallel", "serial"] = "parallel"
-    """`serial`: never forks, the twin's data."""
-    mixture: dict[str, float]
-    """How often each family is drawn, in any unit."""
-    buckets: tuple[tuple[int, int], ...] = ((42, 192), (16, 512))
-    """Shapes of batches as [rows, length]; about as many slots each."""
-    spans: int | None = None
-    """Hidden spans a token may have; None: what the format's join needs without nesting."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimiserConfig:
-    lr: float = 2.5e-3
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    """Largest norm of a gradient."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduleConfig:
-    """Length of a run in exactly one unit, all of them reproducible, and the shape of its learning rate."""
-
-    tokens: int | None = None
-    """Tokens of examples, prompts and headers counted, padding not."""
-    steps: int | None = None
-    problems: int | None = None
-    warmup_steps: int = 100
-    decay: float = 0.4
-    """Share of the run, at its end, over which the learning rate falls on a line."""
-    floor: float = 0.03
-    """Where it falls to, as a share of `lr`."""
-
-    def __post_init__(self) -> None:
-        given = [n for n in ("tokens", "steps", "problems") if getattr(self, n) is not None]
-        if len(given) != 1 or getattr(self, given[0]) < 1:
-            raise RequestError("schedule needs exactly one of tokens, steps and problems, at least 1")
-        if not 0 < self.decay <= 1:
-            raise RequestError(f"schedule decay is {self.decay}; it must be above 0 and at most 1")
-
-    def done(self, *, steps: int, tokens: int, problems: int) -> float:
-        """Share of the run that is over."""
-        for total, count in ((self.tokens, tokens), (self.steps, steps), (self.problems, problems)):
-            if total is not None:
-                return min(1.0, count / total)
-        raise AssertionError("a schedule has a unit")
-
-    def factor(self, done: float, step: int) -> float:
-        """What the learning rate is multiplied with at a step."""
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return warm * min(1.0, max(self.floor, (1 - done) / self.decay))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    times: int = 10
-    """Evaluations in a run, evenly spread; the last one is at its end."""
-    problems: int = 64
-    """Held-out problems of each family for the teacher-forced scores."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SFTConfig:
-    """Everything that a run depends on."""
-
-    model: ModelConfig
-    data: DataConfig
-    schedule: ScheduleConfig
-    optimiser: OptimiserConfig = OptimiserConfig()
-    eval: EvalConfig = EvalConfig()
-    seed: int = 0
-    init: str = ""
-    """Checkpoint whose weights the run starts from; empty: random ones."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast over float32 weights; auto: bf16 where the CPU multiplies it."""
-    compile: bool = True
-    """False, or no C++ compiler: the same, slower."""
-    threads: int = 1
-    checkpoint_every_s: float = 120.0
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise nearest(self.precision, ["auto", "bf16", "fp32"], "precision")
-        longest = max((length for _, length in self.data.buckets), default=0)
-        if longest > self.model.max_positions:
-            raise RequestError(f"rows of {longest} tokens are longer than max_positions, {self.model.max_positions}")
-
-
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SFTConfig:
-    """Read a run's TOML file.
-
-    Args:
-        path: The file.
-        overrides: Values by dotted name, `{"schedule.tokens": 1000}`; they win over the file.
-
-    Raises:
-        RequestError: The file is missing or not TOML, or a name or value is not one of `SFTConfig`'s.
-    """
-    try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise RequestError(f"cannot read the config {path}: {exc}") from exc
-    for name, value in (overrides or {}).items():
-        at = data
-        *tables, last = name.split(".")
-        for table in tables:
-            at = at.setdefault(table, {})
-            if not isinstance(at, dict):
-                raise RequestError(f"cannot set {name}: {table} is a value, not a section")
-        at[last] = value
-    return config_from(data)
-
-
-def config_from(data: Mapping[str, Any]) -> SFTConfig:
-    """A config from plain values, as TOML and checkpoints hold them.
-
-    Raises:
-        RequestError: A name or value is not one of `SFTConfig`'s.
-    """
-    parts = dict(data)
-    for name, cls in _SECTIONS.items():
-        section = dict(parts.get(name, {}))
-        if name == "model":
-            section.setdefault("vocab_size", len(TOKENIZER.tokens))
-        if name == "data" and "buckets" in section:
-            section["buckets"] = tuple((int(rows), int(length)) for rows, length in section["buckets"])
-        parts[name] = _build(cls, section, f"[{name}]")
-    return _build(SFTConfig, parts, "the config")
-
-
-def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    known = [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]
-    for name in values:
-        if name not in known:
-            raise nearest(name, known, f"name in {where}")
-    try:
-        return cls(**values)
-    except TypeError as exc:
-        raise RequestError(f"{where}: {str(exc).partition('()')[2].strip() or exc}") from exc
-
-
-_SECTIONS: dict[str, type[Any]] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "schedule": ScheduleConfig,
-    "optimiser": OptimiserConfig,
-    "eval": EvalConfig,
-}
-
-
-def to_toml(config: SFTConfig) -> str:
-    """The config with every default written out; `load_config` reads it back to an equal one."""
-    head: list[str] = []
-    tables: list[str] = []
-
-    def write(name: str, values: Mapping[str, Any], lines: list[str]) -> None:
-        inner: list[tuple[str, Mapping[str, Any]]] = []
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                inner.append((f"{name}.{key}" if name else key, value))
-            elif value is not None:
-                # Lists, strings, numbers and booleans are written alike in JSON and TOML.
-                lines.append(f"{key} = {json.dumps(value)}")
-        for table, content in inner:
-            tables.append(f"\n[{table}]")
-            write(table, content, tables)
-
-    write("", asdict(config), head)
-    return "\n".join(head + tables) + "\n"
 
 
 @dataclass(slots=True)
@@ -474,7 +297,7 @@ class _Run:
         if not resume:
             raise RequestError(f"{self.out} holds a run already; resume it, or choose another folder")
         saved = checkpoint.load(self.path, format=self.config.data.format)
-        ours, theirs = _identity(asdict(self.config)), _identity(saved["config"])
+        ours, theirs = identity(asdict(self.config)), identity(saved["config"])
         differing = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
         if differing:
             name = differing[0]
@@ -587,24 +410,6 @@ def _resolved(config: SFTConfig) -> SFTConfig:
     return replace(config, precision="bf16" if has_bf16 else "fp32")
 
 
-def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What must not change between a start and a resume, by dotted name."""
-    free = {"schedule", "eval", "checkpoint_every_s", "threads", "compile", "init"}
-    out: dict[str, Any] = {}
-    for name, value in config.items():
-        if name in free:
-            continue
-        if isinstance(value, Mapping):
-            out |= {f"{name}.{k}": _plain(v) for k, v in value.items()}
-        else:
-            out[name] = value
-    return out
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 def _keep_memory() -> None:
     """Let the allocator keep and reuse what a step frees; measured: 15 % faster, it was page faults.
 
@@ -640,6 +445,8 @@ def _interrupt() -> Iterator[threading.Event]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+
+__all__ = ["OnEval", "Outcome", "Progress", "SFTConfig", "config_from", "load_config", "to_toml", "train"]
 
 if __name__ == "__main__":
     train(load_config(sys.argv[1]), out=sys.argv[2])
