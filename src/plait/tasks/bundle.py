@@ -36,7 +36,7 @@ class Bundle:
         return Term((number(rng, rng.choice((1, 2))),), number(rng, 1))
 
     def _problem(self, questions: tuple[Term, ...]) -> Problem:
-        costs = [q.cost() for q in questions]
+        costs = [q.cost() + q.answer_cost() - 1 for q in questions]
         tail = 1 + sum(q.answer_cost() - 1 for q in questions)
         serial = sum(costs) + len(costs) - 1 + tail
         parallel = block_cost([q.label for q in questions], costs) + tail
@@ -74,9 +74,14 @@ class Bundle:
         return [q for q in self._questions(problem.prompt) if q is not None]
 
     def serial(self, problem: Problem) -> Trajectory:
-        return (";".join(q.work() for q in self._known(problem)), *answer(problem.answer))
+        return (";".join(map(_solved, self._known(problem))), *answer(problem.answer))
 
     def parallel(self, problem: Problem) -> Trajectory:
         questions = self._known(problem)
-        block = Block(outlines=tuple(q.label for q in questions), threads=tuple((q.work(),) for q in questions))
+        block = Block(outlines=tuple(q.label for q in questions), threads=tuple((_solved(q),) for q in questions))
         return (block, *answer(problem.answer))
+
+
+def _solved(question: Term) -> str:
+    """A question on one line; ends in its answer as it will be given: the parent only copies."""
+    return f"{question.work()}={question.value}"
