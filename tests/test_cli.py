@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from plait import __version__, tasks
+from plait import train as plait_train
 from plait.bench import read_records
 from plait.cli import main
 from plait.commands.train import overrides
@@ -87,9 +88,9 @@ def test_solve_prints_threads_answer_and_one_line_of_truth() -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[:2] == [QUESTION, "3 threads:"]
-    assert lines[2].startswith("  [1 6] 347*6: 7*6=42")
+    assert lines[2].startswith("  [1 6] 347*6: a7*6=42")
     assert lines[-2] == "answer: 182522"
-    assert lines[-1].startswith("3 threads in 1 fork, 220 tokens, 105 on the critical path, ")
+    assert lines[-1].startswith("3 threads in 1 fork, 249 tokens, 120 on the critical path, ")
     assert all(line.isprintable() for line in lines)
 
 
@@ -100,16 +101,16 @@ def test_solve_json_is_one_object_with_the_keys_that_were_promised() -> None:
     promised = "answer threads forks total_tokens critical_path_tokens longest_context_tokens wall_s stop"
     assert set(promised.split()) <= set(data)
     assert (data["answer"], data["threads"], data["forks"], data["stop"]) == ("182522", 3, 1, "eos")
-    assert (data["total_tokens"], data["critical_path_tokens"], data["right"]) == (220, 105, True)
+    assert (data["total_tokens"], data["critical_path_tokens"], data["right"]) == (249, 120, True)
 
 
 def test_solve_compare_shows_the_twin_and_the_ratio() -> None:
     lines = plait("solve", QUESTION, *GOLD, "--compare").stdout.splitlines()
     assert lines[-3].startswith("gold-multiverse")
     assert lines[-2].startswith("gold-sequential")
-    assert lines[-1].startswith("1.85x fewer token steps than in one line, ")
+    assert lines[-1].startswith("1.86x fewer token steps than in one line, ")
     data = json.loads(plait("solve", QUESTION, *GOLD, "--compare", "--json").stdout)
-    assert data["compare"]["speedup_tokens"] == pytest.approx(194 / 105, abs=1e-3)
+    assert data["compare"]["speedup_tokens"] == pytest.approx(223 / 120, abs=1e-3)
     assert data["compare"]["answer"] == "182522"
 
 
@@ -172,7 +173,7 @@ def test_a_trace_is_shown_as_it_ran(log: Path) -> None:
     result = plait("trace", "show", str(log))
     assert result.exit_code == 0
     assert result.stdout.startswith(f"{QUESTION}\n(gold-multiverse, scripted, multiverse)\n")
-    assert "\n  [3 500] 347*500: 7*5=35" in result.stdout
+    assert "\n  [3 500] 347*500: c7*5=35" in result.stdout
     assert "182522" in result.stdout
     wire = plait("trace", "show", str(log), "--wire").stdout
     assert "0:1 reads 0/0.0:0, 0/0.1:0, 0/0.2:0 by merge" in wire
@@ -180,7 +181,7 @@ def test_a_trace_is_shown_as_it_ran(log: Path) -> None:
     data = json.loads(plait("trace", "show", str(log), "--json").stdout)
     assert data["complete"]
     assert [thread["label"] for thread in data["tree"]] == ["", "6", "20", "500"]
-    assert data["critical_path_tokens"] == 105
+    assert data["critical_path_tokens"] == 120
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.99])
@@ -272,6 +273,7 @@ def test_tasks_show_examples_with_their_gold_traces() -> None:
 def test_training_without_torch_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torch", "plait.train.sft"):
         monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr(plait_train, "sft", raising=False)
     result = plait("train", "sft", "config.toml")
     assert result.exit_code == 2
     assert "pip install 'plait[train]'" in result.stderr

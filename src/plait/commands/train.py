@@ -43,8 +43,7 @@ def train_sft(
         from plait.train import sft
     except ImportError as exc:
         raise TrainingMissing(
-            f"training needs {exc.name or 'torch'}, which is not installed: pip install 'plait[train]' "
-            "(for a CPU: --extra-index-url https://download.pytorch.org/whl/cpu keeps it small)"
+            f"training needs {exc.name or 'torch'}, which is not installed: pip install 'plait[train]'"
         ) from exc
     resolved = sft.load_config(config, overrides(settings))
     if dry_run:
