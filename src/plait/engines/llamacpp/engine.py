@@ -26,6 +26,10 @@ from plait.errors import ContextLengthError, EngineError, EngineUnavailable, Req
 from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_cells, context_positions
 
 
+_SHORT = 2048
+"""Contexts up to this many positions are computed faster with flash attention on the CPUs measured."""
+
+
 class _Mailbox:
     """What a call sampled, between the scheduler's thread and its reader."""
 
@@ -50,7 +54,8 @@ class LlamaCppEngine:
         max_seqs: Contexts held at once, live and cached; at most 256.
         threads: CPU threads of one step. One more than there are free cores costs several times its gain.
         cache: Number format of cached keys and values. F32 is for exact comparisons.
-        flash_attention: Pays on CPUs only for many short branches.
+        flash_attention: Skips cells a row does not attend to: on a CPU it pays for short contexts side by side, and costs
+            for long ones. By default on for contexts up to 2,048 positions, if the cache is F16.
         keep: Cells of finished calls that are always kept for reuse; every step pays a little for them.
         prefill_rows: Given tokens computed in one step while other calls sample.
         flush_s: How often calls that go on sampling yield a chunk.
@@ -72,7 +77,7 @@ class LlamaCppEngine:
         max_seqs: int = 32,
         threads: int = 1,
         cache: Literal["F16", "F32"] = "F16",
-        flash_attention: bool = False,
+        flash_attention: bool | None = None,
         keep: int = 128,
         prefill_rows: int = 64,
         flush_s: float = 0.01,
@@ -85,6 +90,8 @@ class LlamaCppEngine:
         self._model = Model(path)
         self.vocab_size = self._model.vocab_size
         self.max_context = min(max_context or self._model.trained_context, self._cells - 1)
+        if flash_attention is None:
+            flash_attention = cache == "F16" and self.max_context <= _SHORT
         self._options: dict[str, Any] = {"threads": threads, "flash": flash_attention, "wide_cache": cache == "F32"}
         self._max_seqs, self._keep, self._prefill_rows, self._flush_s = max_seqs, keep, prefill_rows, flush_s
         self._numbers = count()

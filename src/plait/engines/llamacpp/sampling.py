@@ -7,6 +7,7 @@ numbers come from its own call's seed, so what it draws does not depend on the r
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -36,24 +37,24 @@ class Sampler:
         self._rows_S = np.arange(max_slots) * vocab_size
         self._params: list[SamplingParams | None] = [None] * max_slots
         self._draws: list[Iterator[float] | None] = [None] * max_slots
+        self._marked = lru_cache(64)(partial(_marked, vocab_size))
         self._hot: list[int] = []
+        self._silent: list[int] = []
         self._bans = self._scored = False
 
     def place(self, slot: int, params: SamplingParams, draws: Iterator[float] | None) -> None:
         """Say how a slot samples. Call `arrange` after the last one."""
         self._params[slot], self._draws[slot] = params, draws
-        for table_SV, ids in (
-            (self._stops_SV, (*params.stop_ids, *params.eos_ids)),
-            (self._banned_SV, params.banned_ids),
-        ):
-            table_SV[slot] = False
-            table_SV[slot, [i for i in ids if 0 <= i < self._vocab_size]] = True
+        self._stops_SV[slot] = self._marked((*params.stop_ids, *params.eos_ids))
+        if params.banned_ids or self._bans:
+            self._banned_SV[slot] = self._marked(params.banned_ids)
 
     def arrange(self, slots: int) -> None:
         """Take the first `slots` slots into use."""
         params = [p for p in self._params[:slots] if p is not None]
         self._hot = [i for i, p in enumerate(params) if p.temperature > 0]
-        self._bans = any(p.banned_ids for p in params)
+        # Once seen, bans stay accounted for: rows placed without looking at them before are still clear.
+        self._bans = self._bans or any(p.banned_ids for p in params)
         self._scored = any(p.logprobs for p in params)
         self._silent = [i for i, p in enumerate(params) if not p.logprobs]
 
@@ -106,6 +107,13 @@ class Sampler:
         if beyond_H.any():
             chosen_H[beyond_H] = weights_HV[beyond_H].argmax(1)
         return chosen_H
+
+
+def _marked(vocab_size: int, ids: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """A table row that is True at some ids; those outside the vocabulary cannot be sampled anyway."""
+    marks_V = np.zeros(vocab_size, bool)
+    marks_V[[i for i in ids if 0 <= i < vocab_size]] = True
+    return marks_V
 
 
 def _filter(weights_V: npt.NDArray[np.float64], top_k: int, top_p: float) -> None:

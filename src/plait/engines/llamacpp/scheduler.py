@@ -34,12 +34,14 @@ class Call:
     """One engine call, as the scheduler sees it."""
 
     __slots__ = (
+        "cells",
         "context",
         "draws",
         "ends",
         "ids",
         "limit",
         "logprobs",
+        "need",
         "number",
         "params",
         "seen",
@@ -65,11 +67,9 @@ class Call:
         self.seen = 0
         """How many of `ids` were in the context it was last admitted with: more than none after it was pushed out."""
         self.seq: Seq | None = None
-
-    @property
-    def need(self) -> int:
+        self.cells = context_cells(context)
+        self.need = 1 + _depth(context)
         """Sequences it may hold at once: its own, and one a level of merges whose branches must be computed again."""
-        return 1 + _depth(self.context)
 
     def resumed(self) -> tuple[Part, ...]:
         """Its context and what it sampled so far."""
@@ -419,9 +419,7 @@ class Scheduler:
 
     def _plan_room(self, slots: int) -> bool:
         """Find room for the sampling rows and a share of what is to be computed. False if calls had to leave."""
-        wanted = (
-            sum(f.tokens for f in self.fills) + sum(context_cells(c.context) for c in self.queue) + len(self._tails)
-        )
+        wanted = sum(f.tokens for f in self.fills) + sum(c.cells for c in self.queue) + len(self._tails)
         wanted = min(wanted, len(self._decoder.tokens) - slots)
         self._cache.make_room(self._decoder.cells - self._tail_cells() - slots - wanted)
         self._left = min(self._room(), len(self._decoder.tokens)) - slots
@@ -436,26 +434,30 @@ class Scheduler:
         cache = self._cache
         while self.queue:
             call = self.queue[0]
-            live = self.active
             reserved = sum(f.call.need for f in self.fills if f.call is not None) + len(self.slots)
             if reserved + call.need > cache.max_seqs or not cache.available:
                 return
-            if live:
-                node, _ = cache.find(call.context, spare=1)
-                shared = sum(n.num_cells for n in {n for n, _ in node.path()} if n.live)
-                planned = sum(f.tokens for f in self.fills) + self._tail_cells() + _MARGIN * (live + 1)
-                free = self._decoder.cells - cache.live_cells - planned
-                if context_cells(call.context) - shared > free:
-                    return
+            if reserved and not self._fits(call):
+                return
             self.queue.popleft()
             self._open(call)
+
+    def _fits(self, call: Call) -> bool:
+        """Whether there are cells for a call beside the live ones."""
+        planned = sum(f.tokens for f in self.fills) + self._tail_cells() + _MARGIN * (self.active + 1)
+        free = self._decoder.cells - self._cache.live_cells - planned
+        if call.cells <= free:
+            return True
+        node, _ = self._cache.find(call.context, spare=1)
+        shared = sum(n.num_cells for n in {n for n, _ in node.path()} if n.live)
+        return call.cells - shared <= free
 
     def _open(self, call: Call) -> None:
         context = call.resumed()
         call.seen = len(call.ids)
         seq, rest = self._fork(context, spare=1)
         call.seq = seq
-        self.reused_tokens += context_cells(context) - context_cells(tuple(rest))
+        self.reused_tokens += call.cells + len(call.ids) - context_cells(tuple(rest))
         self._merges_seen = self._merges_seen or any(isinstance(p, Merge) for p in context)
         self.fills.append(Fill(seq, rest, call=call))
 
