@@ -168,9 +168,8 @@ async def main(args: argparse.Namespace) -> None:
             blocks = [await block_cost(path, options) for _ in range(args.runs)]
             results["blocks"][dtype] = blocks
             print(f"| {dtype} | {' | '.join(show([b[n] for b in blocks]) for n in names)} |", flush=True)
-    print(
-        f"\nThe block samples {2 * CONCLUSION + THREADS * LENGTH} tokens; its longest line has {2 * CONCLUSION + LENGTH}."
-    )
+    tokens = (2 * CONCLUSION + THREADS * LENGTH, 2 * CONCLUSION + LENGTH)
+    print(f"\nThe block samples {tokens[0]} tokens; its longest line has {tokens[1]}.")
     if args.json:
         print(json.dumps(results))
 

@@ -25,7 +25,6 @@ from plait.engines.llamacpp.scheduler import Call, Delivery, Scheduler
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError
 from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_cells, context_positions
 
-
 _SHORT = 2048
 """Contexts up to this many positions are computed faster with flash attention on the CPUs measured."""
 
@@ -54,8 +53,8 @@ class LlamaCppEngine:
         max_seqs: Contexts held at once, live and cached; at most 256.
         threads: CPU threads of one step. One more than there are free cores costs several times its gain.
         cache: Number format of cached keys and values. F32 is for exact comparisons.
-        flash_attention: Skips cells a row does not attend to: on a CPU it pays for short contexts side by side, and costs
-            for long ones. By default on for contexts up to 2,048 positions, if the cache is F16.
+        flash_attention: Skips cells a row does not attend to: on a CPU it pays for short contexts side by side, and
+            costs for long ones. By default on for contexts up to 2,048 positions, if the cache is F16.
         keep: Cells of finished calls that are always kept for reuse; every step pays a little for them.
         prefill_rows: Given tokens computed in one step while other calls sample.
         flush_s: How often calls that go on sampling yield a chunk.
