@@ -283,7 +283,7 @@ class _Run:
 
     def _export(self) -> None:
         about = checkpoint.description(asdict(self.config), scores=self.scores, tokenizer=TOKENIZER)
-        checkpoint.export_gguf(self.gguf, self.model, about=about)
+        checkpoint.export_gguf(self.gguf, self.model, about=about, dtype=self.config.weights)
 
     def _outcome(self, *, finished: bool) -> Outcome:
         self._export()
