@@ -148,7 +148,9 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="the rows as one line of JSON")
-    parser.add_argument("--option", action="append", default=[], type=option, metavar="NAME=VALUE", help="of the engine")
+    parser.add_argument(
+        "--option", action="append", default=[], type=option, metavar="NAME=VALUE", help="of the engine"
+    )
     args = parser.parse_args()
     rows = anyio.run(measure, args.model, args.problems, args.rounds, dict(args.option))
     if args.json:

@@ -127,19 +127,29 @@ def test_no_ids_that_a_model_could_sample_make_a_format_raise(name: str, ids: li
 
 
 def test_repeated_numbers_count_once_and_are_noted() -> None:
-    fork = fork_of("multiverse", "<Parallel><Goal><Outline>1: 6</Outline><Outline>1: 7</Outline><Outline>2: 8</Outline></Goal>")
+    fork = fork_of(
+        "multiverse", "<Parallel><Goal><Outline>1: 6</Outline><Outline>1: 7</Outline><Outline>2: 8</Outline></Goal>"
+    )
     assert [b.label for b in fork.branches] == ["6", "8"]
     assert fork.note == "outline 1 twice"
 
 
 def test_numbers_are_copied_as_they_are_in_the_order_written() -> None:
-    fork = fork_of("threadweaver", "<Parallel>\n<Outlines>\n<Outline>3: 6</Outline>\n<Outline>1: 7</Outline>\n</Outlines>")
+    fork = fork_of(
+        "threadweaver", "<Parallel>\n<Outlines>\n<Outline>3: 6</Outline>\n<Outline>1: 7</Outline>\n</Outlines>"
+    )
     assert [TOKENIZER.decode(b.header_ids) for b in fork.branches] == ["\n<Thread>\n3:", "\n<Thread>\n1:"]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["</Goal>", "<Parallel><Goal></Goal>", "<Goal><Outline>7</Outline></Goal>", "<Goal>1: 6</Goal>", "<Goal><Outline></Goal>"],
+    [
+        "</Goal>",
+        "<Parallel><Goal></Goal>",
+        "<Goal><Outline>7</Outline></Goal>",
+        "<Goal>1: 6</Goal>",
+        "<Goal><Outline></Goal>",
+    ],
 )
 def test_a_block_without_a_numbered_outline_is_malformed(text: str) -> None:
     assert isinstance(opened("multiverse").parse(encode(text), 0), Malformed)
@@ -177,9 +187,7 @@ def test_a_block_inside_a_thread_is_text() -> None:
 def test_eos_inside_a_thread_is_not_read_again_by_the_parent() -> None:
     format = opened("threadweaver")
     header = tuple(encode("\n<Thread>\n1:"))
-    outcome = ThreadOutcome(
-        header_ids=header, token_ids=tuple(encode("6<eos>\n</Thread>")), stop=StopReason.EOS
-    )
+    outcome = ThreadOutcome(header_ids=header, token_ids=tuple(encode("6<eos>\n</Thread>")), stop=StopReason.EOS)
     assert TOKENIZER.decode(format.join([outcome]).forced_ids) == "\n<Thread>\n1:6\n</Thread>\n"
 
 

@@ -1,14 +1,14 @@
 """Adaptive parallel reasoning: a language model forks its reasoning into threads and joins them again.
 
-    import anyio, plait
+import anyio, plait
 
-    async def main():
-        model = plait.load_model("plait-tiny")
-        async with model.open_engine() as engine:
-            tree = await plait.run(model.request("What is 347 * 526?"), engine=engine, format=model.format)
-        print(model.answer(tree), tree.critical_path())
+async def main():
+    model = plait.load_model("plait-tiny")
+    async with model.open_engine() as engine:
+        tree = await plait.run(model.request("What is 347 * 526?"), engine=engine, format=model.format)
+    print(model.answer(tree), tree.critical_path())
 
-    anyio.run(main)
+anyio.run(main)
 """
 
 from __future__ import annotations

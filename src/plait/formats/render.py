@@ -69,7 +69,8 @@ class _Renderer:
         self, name: str, segment: str, block: Block, sampled: Sequence[int], depth: int
     ) -> tuple[list[ThreadOutcome], tuple[str, ...]]:
         fork = self.format.parse(sampled, depth)
-        assert isinstance(fork, Fork) and len(fork.branches) == len(block.threads), "the format cannot read its block"
+        assert isinstance(fork, Fork), "the format cannot read its block"
+        assert len(fork.branches) == len(block.threads), "an outline is missing or stands twice"
         threads = tuple(f"{name}.{i}" for i in range(len(fork.branches)))
         labels = tuple(branch.label for branch in fork.branches)
         self.tree.apply(ThreadForked(segment=segment, threads=threads, labels=labels))

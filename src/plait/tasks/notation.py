@@ -86,7 +86,9 @@ def spelled(prompt: str) -> str:
     """
     if ">" in prompt:
         return prompt
-    return re.sub(r"\d+", lambda m: "".join(f"{p}{d}" for p, d in zip(PLACES[len(m[0]) - 1 :: -1], m[0], strict=True)), prompt)
+    return re.sub(
+        r"\d+", lambda m: "".join(f"{p}{d}" for p, d in zip(PLACES[len(m[0]) - 1 :: -1], m[0], strict=True)), prompt
+    )
 
 
 def parse_expression(text: str) -> Expression:

@@ -21,7 +21,10 @@ _SHAPES = {(2, 2, 2): 1, (3, 3, 3): 2, (2, 2, 2, 2): 4, (3, 2, 2, 2): 3, (2, 2, 
 
 class Product:
     name = "product"
-    about = "a product of three 2-digit or three 3-digit numbers, or of four 2-digit ones (one may have 3): What is 34 * 27 * 61 * 58?"
+    about = (
+        "a product of three 2-digit or three 3-digit numbers, or of four 2-digit ones (the first or third may have 3): "
+        "What is 34 * 27 * 61 * 58?"
+    )
 
     def sample(self, rng: random.Random) -> Problem:
         (shape,) = rng.choices(list(_SHAPES), list(_SHAPES.values()))
