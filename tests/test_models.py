@@ -126,6 +126,12 @@ def test_a_twin_lies_beside_its_model(path: Path) -> None:
     assert Path(twin_name(load_model(str(path)))) == path.with_name("some-sequential.gguf")
 
 
+def test_the_twin_of_a_run_folder_is_the_folder_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "adaptive").mkdir()
+    model = load_model(str(write_model(tmp_path / "adaptive" / "model.gguf")))
+    assert Path(twin_name(model)) == tmp_path / "adaptive-sequential" / "model.gguf"
+
+
 def test_the_scripted_engine_is_not_given_weights(path: Path) -> None:
     with pytest.raises(RequestError, match="cannot run some"):
         load_model(str(path)).open_engine("scripted")

@@ -154,6 +154,9 @@ def twin_name(model: Model) -> str:
     """Name or path of a model's sequential twin, by convention."""
     if model.path is None or model.path.parent == WEIGHTS:
         return f"{model.name}{TWIN}"
+    folder = model.path.parent
+    if model.path.stem == "model" and folder.name:
+        return str(folder.with_name(f"{folder.name}{TWIN}") / model.path.name)
     return str(model.path.with_name(f"{model.path.stem}{TWIN}{model.path.suffix}"))
 
 
