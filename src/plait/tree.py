@@ -111,6 +111,8 @@ class Tree:
             case RunStarted():
                 self.meta = event.meta
             case ThreadForked():
+                if len(event.threads) != len(event.labels):
+                    raise TreeError(f"the fork at {event.segment} has {len(event.threads)} threads and other labels")
                 self.labels.update(zip(event.threads, event.labels, strict=True))
             case SegmentStarted():
                 if event.id in self.segments:

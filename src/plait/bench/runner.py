@@ -157,12 +157,14 @@ async def compare(
         for model in models:
             opened = await stack.enter_async_context(model.open_engine(engine, **(options or {})))
             runners.append(_Runner(opened, model.format, model.tokenizer, model.id, budget or Budget(), 1, seed))
+        warm: set[str] = set()
         for number, problem in enumerate(problems):
             for runner in runners if number % 2 == 0 else runners[::-1]:
                 if (problem.prompt, runner.model) in done:
                     continue
-                if not number:
+                if runner.model not in warm:
                     # The first pass pays for memory that later ones find allocated.
+                    warm.add(runner.model)
                     await runner.record(problem)
                 record = await runner.record(problem)
                 records.append(record)
