@@ -31,7 +31,7 @@ class StopReason(StrEnum):
     MALFORMED = "malformed"
     """The model wrote control tokens that its format cannot read."""
     CANCELLED = "cancelled"
-    """A sibling's success or the caller ended it."""
+    """The run was left, or failed elsewhere, while this segment sampled."""
     FORCED = "forced"
     """The runtime wrote this segment itself (a missing closing tag); the engine sampled nothing."""
 

@@ -10,10 +10,6 @@ from typing import Any
 from plait.errors import PlaitError, RequestError
 
 
-class TrainingMissing(RequestError):
-    """What training needs is not installed."""
-
-
 def train_sft(
     config: str,
     *,
@@ -42,7 +38,7 @@ def train_sft(
     try:
         from plait.train import sft
     except ImportError as exc:
-        raise TrainingMissing(
+        raise RequestError(
             f"training needs {exc.name or 'torch'}, which is not installed: pip install 'plait[train]'"
         ) from exc
     resolved = sft.load_config(config, overrides(settings))

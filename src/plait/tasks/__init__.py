@@ -22,7 +22,6 @@ _FAMILIES: tuple[Family, ...] = (LongMultiplication(), Product(), Expression(), 
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 
 Split = Literal["train", "held_out"]
-HELD_OUT_SHARE = 13 / 256
 _ANSWER = "Answer: "
 
 
@@ -52,7 +51,7 @@ def sample(name: str, rng: random.Random, split: Split) -> Problem:
 
 
 def problems(name: str, *, seed: int, split: Split) -> Iterator[Problem]:
-    """An endless stream of distinct draws, the same for the same seed."""
+    """An endless stream of draws, the same for the same seed; small families repeat."""
     rng = random.Random(f"{name}/{split}/{seed}")
     while True:
         yield sample(name, rng, split)

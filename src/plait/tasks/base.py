@@ -2,7 +2,8 @@
 
 Every problem has one canonical prompt, an exact grader, and two gold solutions of the same work: `serial` on one
 line, and `parallel` with blocks of threads. Forking is right where the parallel one has the shorter critical path
-by a stated margin (`FORK_MARGIN`), counted on what the prompt shows (digit counts), so that it can be decided there.
+by a stated margin (`worked.FORK_MARGIN`), counted on what is written when it is decided (digit counts); Countdown forks
+whenever there are three numbers.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Countdown:
     name = "countdown"
     about = (
         f"two or three numbers up to {MAX_NUMBER} and a target up to {MAX_TARGET}, all numbers used once, results from "
-        f"1 to {MAX_TARGET}: Use 3, 7 and 25 to make 54"
+        f"1 to {MAX_TARGET}, nothing times or over 1: Use 3, 7 and 25 to make 54"
     )
 
     def sample(self, rng: random.Random) -> Problem:

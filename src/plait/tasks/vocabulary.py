@@ -49,4 +49,3 @@ SIZE = 64
 _RESERVED = tuple(f"<reserved{i}>" for i in range(SIZE - len(WORDS) - len(CONTROL)))
 
 TOKENIZER = FixedTokenizer((*WORDS, *CONTROL, *_RESERVED), control=(*CONTROL, *_RESERVED), bos="<bos>", eos="<eos>")
-PAD_ID = TOKENIZER.control_id("<pad>")

@@ -137,7 +137,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """The model. `forward` gives logits, `loss` the mean cross entropy of a packed batch."""
+    """The model. `forward` gives logits, `losses` the negative log-likelihood of every label."""
 
     cos: Tensor
     sin: Tensor
