@@ -33,7 +33,7 @@ CONFIG = {
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
+    "num_attention_heads": 3,
     "max_position_embeddings": 2048,
 }
 PROMPT, HEADER, THREADS, LENGTH, CONCLUSION = tuple(range(24)), 3, 4, 30, 10

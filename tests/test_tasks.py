@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from itertools import islice
+from itertools import islice, permutations
 
 import pytest
 from hypothesis import given
@@ -123,13 +123,14 @@ def test_the_same_seed_draws_the_same_problems() -> None:
         ("Compute 4,738 × 526.", "4738*526?", "long_multiplication"),  # noqa: RUF001
         ("347 x 526 = ?", "347*526?", "long_multiplication"),
         ("Calculate the product of 34 * 27 * 61 * 58", "34*27*61*58?", "product"),
-        ("12*34 + (5+6)*78", "12*34+(5+6)*78?", "expression"),
-        ("What is 347 * 52, 88 + 977 and (12 + 7) * 34?", "347*52;88+977;(12+7)*34?", "bundle"),
+        ("12*34 + (55+61)*78", "12*34+(55+61)*78?", "expression"),
+        ("What is 347 * 52, 88 + 977 and (122 + 700) * 34?", "347*52;88+977;(122+700)*34?", "bundle"),
         ("347*52\n88+977", "347*52;88+977?", "bundle"),
         ("Use 3, 7 and 25 to make 54", "25,7,3>54?", "countdown"),
         ("use the numbers 3 7 25 to reach 54.", "25,7,3>54?", "countdown"),
         ("25,7,3>54?", "25,7,3>54?", "countdown"),
         ("What is 88 + 977?", "88+977?", "control"),
+        ("(((47) + 36)) * 3 + 58", "(47+36)*3+58?", "control"),
         ("((47 + 36) * 3 + 58) * 2", "((47+36)*3+58)*2?", "control"),
         ("347 * 6", "347*6?", "control"),
     ],
@@ -153,6 +154,10 @@ def test_natural_questions_are_read(question: str, prompt: str, family: str) -> 
         ("Use 3 and 7 to make 1000", "outside the trained range"),
         ("1+2;3+4;5+6;7+8;9+9", "outside the trained range"),
         ("007 * 35", "leading zeros"),
+        ("5*67 + 812*3", "outside the trained range"),
+        ("12*34; 56*78", "outside the trained range"),
+        ("(2*3)*4", "outside the trained range"),
+        ("Use 4, 5 and 7 to make 7", "times or over 1"),
         ("9" * 3000, "at most 2000"),
         ("(" * 500 + "1" + ")" * 500, "found '('"),
         ("<Parallel> 3 * 14", "not arithmetic"),
@@ -202,6 +207,26 @@ def test_countdown_takes_none_only_where_it_is_proven() -> None:
     assert problem.answer == "none"
     assert tasks.grade(problem, "Answer: none")
     assert not tasks.grade(problem, "Answer: 2+2=4")
+
+
+@given(seeds)
+def test_countdown_none_means_that_no_way_leads_there(seed: int) -> None:
+    problem = draw("countdown", seed)
+    left, right = problem.prompt.rstrip("?").split(">")
+
+    def reaches(pool: tuple[int, ...], target: int) -> bool:
+        if len(pool) == 1:
+            return pool[0] == target
+        for a, b in permutations(range(len(pool)), 2):
+            x, y = pool[a], pool[b]
+            rest = tuple(n for i, n in enumerate(pool) if i not in (a, b))
+            values = [x + y, x - y, x * y, *([x // y] if x % y == 0 else [])]
+            if any(1 <= v <= 99 and reaches((*rest, v), target) for v in values):
+                return True
+        return False
+
+    solvable = reaches(tuple(map(int, left.split(","))), int(right))
+    assert solvable == (problem.answer != "none")
 
 
 def test_the_last_answer_counts_and_nothing_after_its_line() -> None:

@@ -15,8 +15,9 @@ from plait.tasks.worked import answer, block_cost, worth
 class Bundle:
     name = "bundle"
     about = (
-        "2 to 4 questions at once, each a product of up to 3 x 3 digits, a sum of two numbers of up to 3 digits or a "
-        "bracketed sum of two times a number: What is 347 * 52, 88 + 977 and (12 + 7) * 34?"
+        "2 to 4 questions at once: products of 3 x 2, 2 x 3 or (up to three questions) 3 x 3 digits, the same for all, where "
+        "two numbers in brackets may stand for the first; short ones in between: sums of two numbers of up to 3 digits, "
+        "numbers of up to 2 digits times one digit: What is 347 * 52, 88 + 977 and 612 * 34?"
     )
 
     def sample(self, rng: random.Random) -> Problem:
@@ -58,10 +59,14 @@ class Bundle:
             return None
         questions = self._questions(text)
         known = [q for q in questions if q is not None]
+        long = [q for q in known if not _is_short(q)]
+        sizes = {(len(str(n)), len(str(q.factor))) for q in long for n in q.addends}
         inside = (
             len(known) == len(questions) <= 4
-            and all(len(q.addends) <= 2 and all(2 <= n <= 999 for n in q.addends) for q in known)
-            and all(q.factor is None or 2 <= q.factor <= 999 for q in known)
+            and all(n >= 2 for q in known for n in (*q.addends, q.factor or 2))
+            and all(len(q.addends) <= 2 and q.factor is not None for q in long)
+            and len(sizes) <= 1
+            and sizes <= ({(3, 2), (2, 3)} if len(known) == 4 else {(3, 2), (2, 3), (3, 3)})
         )
         if not inside:
             raise RequestError(f"{text} is outside the trained range: {self.about}")
@@ -80,6 +85,12 @@ class Bundle:
         questions = self._known(problem)
         block = Block(outlines=tuple(q.label for q in questions), threads=tuple((_solved(q),) for q in questions))
         return (block, *answer(problem.answer))
+
+
+def _is_short(question: Term) -> bool:
+    if question.factor is None:
+        return len(question.addends) == 2 and max(question.addends) <= 999
+    return len(question.addends) == 1 and question.addends[0] <= 99 and question.factor <= 9
 
 
 def _solved(question: Term) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 from plait.errors import RequestError
 from plait.formats.base import Trajectory
@@ -17,7 +18,7 @@ _MAX_VALUE = 99_999
 class Control:
     name = "control"
     about = (
-        "sums of 2 to 4 numbers of up to 4 digits, a number of up to 4 digits times one digit, and chains of 2 to 5 "
+        "sums of 2 to 4 numbers of up to 4 digits (0 and 1 left out everywhere), a number of up to 4 digits times one digit, and chains of 2 to 5 "
         "such steps where each needs the last: What is ((47 + 36) * 3 + 58) * 2?"
     )
 
@@ -91,10 +92,11 @@ class Control:
             and all(2 <= n <= (9999 if single else 999) for n in numbers)
             and all(len(o) <= (3 if single else 1) for _, o in steps)
             and all(o[0] <= 9 for sign, o in steps if sign == "*")
+            and all(one[0] != other[0] for one, other in pairwise(steps))
         )
         if not inside:
             raise RequestError(f"{text} is outside the trained range: {self.about}")
-        return self._problem(text.rstrip("?"))
+        return self._problem(_written(values[0], steps))
 
     def grade(self, problem: Problem, answer: str) -> bool:
         return answer == problem.answer
@@ -115,3 +117,13 @@ class Control:
     def parallel(self, problem: Problem) -> Trajectory:
         """There is none: a chain has nothing to split."""
         return self.serial(problem)
+
+
+def _written(first: int, steps: list[tuple[str, tuple[int, ...]]]) -> str:
+    """A chain with no more brackets than it needs."""
+    text, last = str(first), "*"
+    for sign, operands in steps:
+        text = f"({text})" if sign == "*" and last == "+" else text
+        text += "".join(f"{sign}{n}" for n in operands)
+        last = sign
+    return text

@@ -2,7 +2,7 @@
 
 Sized to what trains on a CPU: two or three numbers, every intermediate result from 1 to 99. A thread tries every
 operation on its pair, then every operation of the result with the number left, and stops at the first success. The
-gold search is exhaustive, so `none` is a proof.
+gold search leaves out steps times or over 1; what could only be made so is refused, so `none` is a proof.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ class Countdown:
         numbers = tuple(sorted((rng.randint(2, MAX_NUMBER) for _ in range(count)), reverse=True))
         # Few targets can be made: half of the draws take one that can.
         reachable = sorted({value for value, _ in _all(numbers)})
-        target = rng.choice(reachable) if rng.random() < 0.45 else rng.randint(1, MAX_TARGET)
-        return self._problem(numbers, target)
+        while True:
+            target = rng.choice(reachable) if rng.random() < 0.45 else rng.randint(1, MAX_TARGET)
+            if target in reachable or not _only_through_one(numbers, target):
+                return self._problem(numbers, target)
 
     def _problem(self, numbers: tuple[int, ...], target: int) -> Problem:
         spoken = f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
@@ -58,6 +60,8 @@ class Countdown:
             raise RequestError(
                 f"using {', '.join(map(str, numbers))} to make {target} is outside the trained range: {self.about}"
             )
+        if _only_through_one(numbers, target):
+            raise RequestError(f"{text} can only be made by a step times or over 1, which was not trained: {self.about}")
         return self._problem(numbers, target)
 
     def grade(self, problem: Problem, answer: str) -> bool:
@@ -76,7 +80,7 @@ class Countdown:
                 pool.remove(a)
             else:
                 return False
-            if b not in pool or _apply(a, sign, b) != value:
+            if b not in pool or _apply(a, sign, b, ones=True) != value:
                 return False
             pool.remove(b)
             pool.append(value)
@@ -103,13 +107,13 @@ class Countdown:
         return (block, *answer(problem.answer))
 
 
-def _apply(a: int, sign: str, b: int) -> int | None:
-    """The result, None where the rules forbid it: 1 to 99, exact division, nothing times or over 1."""
+def _apply(a: int, sign: str, b: int, *, ones: bool = False) -> int | None:
+    """The result, None where the rules forbid it: 1 to 99, exact division; times or over 1 only if `ones`."""
     if sign == "+":
         value = a + b
     elif sign == "-":
         value = a - b
-    elif b == 1 or a == 1:
+    elif not ones and (b == 1 or a == 1):
         return None
     elif sign == "*":
         value = a * b
@@ -118,10 +122,10 @@ def _apply(a: int, sign: str, b: int) -> int | None:
     return value if 1 <= value <= MAX_TARGET else None
 
 
-def _moves(a: int, b: int) -> list[tuple[str, int]]:
+def _moves(a: int, b: int, *, ones: bool = False) -> list[tuple[str, int]]:
     """Allowed operations on two numbers, larger first."""
     a, b = max(a, b), min(a, b)
-    values = [(f"{a}{sign}{b}", _apply(a, sign, b)) for sign in "+-*/"]
+    values = [(f"{a}{sign}{b}", _apply(a, sign, b, ones=ones)) for sign in "+-*/"]
     return [(f"{text}={value}", value) for text, value in values if value is not None]
 
 
@@ -136,16 +140,22 @@ def _without(numbers: tuple[int, ...], pair: tuple[int, int]) -> list[int]:
     return rest
 
 
-def _all(numbers: tuple[int, ...]) -> list[tuple[int, str]]:
+def _only_through_one(numbers: tuple[int, ...], target: int) -> bool:
+    """Whether every solution has a step times or over 1: the gold search leaves those out, and would say `none`."""
+    made = {value for value, _ in _all(numbers)}
+    return target not in made and target in {value for value, _ in _all(numbers, ones=True)}
+
+
+def _all(numbers: tuple[int, ...], *, ones: bool = False) -> list[tuple[int, str]]:
     """Every value that can be made, with its equations, in the order of the gold search."""
     out: list[tuple[int, str]] = []
     for pair in _pairs(numbers):
         rest = _without(numbers, pair)
-        for text, value in _moves(*pair):
+        for text, value in _moves(*pair, ones=ones):
             if not rest:
                 out.append((value, text))
             else:
-                out += [(end, f"{text},{last}") for last, end in _moves(value, rest[0])]
+                out += [(end, f"{text},{last}") for last, end in _moves(value, rest[0], ones=ones)]
     return out
 
 

@@ -15,8 +15,9 @@ from plait.tasks.worked import answer, answer_cost, block_cost, columns, columns
 class Expression:
     name = "expression"
     about = (
-        "a sum of 2 to 4 terms, each a product of numbers of up to 3 and 2 digits or a bracketed sum of two such "
-        "numbers times one of up to 2 digits: What is 34 * 27 + (58 + 6) * 16 + 9 * 41?"
+        "a sum of 2 to 4 terms, each a number times one of up to 2 digits, where two numbers in brackets may stand for "
+        "one; the numbers all have 2 or all have 3 digits, or up to 2 where every factor has one: "
+        "What is 34 * 27 + (58 + 61) * 16 + 90 * 41?"
     )
 
     def sample(self, rng: random.Random) -> Problem:
@@ -56,8 +57,15 @@ class Expression:
         known = [t for t in terms if t is not None and t.factor is not None]
         if not terms or len(known) < len(terms):
             return None
-        inside = 2 <= len(known) <= 4 and all(
-            len(t.addends) <= 2 and all(2 <= n <= 999 for n in t.addends) and 2 <= (t.factor or 0) <= 99 for t in known
+        numbers = [n for t in known for n in t.addends]
+        factors = [t.factor or 0 for t in known]
+        digits = {len(str(n)) for n in numbers}
+        inside = (
+            2 <= len(known) <= 4
+            and all(len(t.addends) <= 2 for t in known)
+            and min(*numbers, *factors) >= 2
+            and max(factors) <= 99
+            and (digits in ({2}, {3}) or (max(digits) <= 2 and max(factors) <= 9))
         )
         if not inside:
             raise RequestError(f"{text} is outside the trained range: {self.about}")
