@@ -7,7 +7,6 @@ threads, formats or text.
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator, Callable
 from itertools import count
 from pathlib import Path
@@ -52,8 +51,8 @@ class LlamaCppEngine:
         cells: Tokens held in memory for all calls together, shared prefixes counted once. A fork walks over all of
             them (a few microseconds a thousand), so no more than needed.
         max_seqs: Contexts held at once, live and cached; at most 256.
-        threads: CPU threads of one step. One more than there are free cores costs several times its gain; by default
-            two where this process may use two cores, for steps of a small model do not split further.
+        threads: CPU threads of one step. One more than there are free cores costs several times its gain, and so do
+            two engines in one process with more threads than cores together: OpenMP then stops spinning.
         cache: Number format of cached keys and values. F32 is for exact comparisons.
         flash_attention: Skips cells a row does not attend to: on a CPU it pays for short contexts side by side, and
             costs for long ones. By default on for contexts up to 2,048 positions, if the cache is F16.
@@ -76,7 +75,7 @@ class LlamaCppEngine:
         max_context: int | None = None,
         cells: int = 4096,
         max_seqs: int = 32,
-        threads: int | None = None,
+        threads: int = 1,
         cache: Literal["F16", "F32"] = "F16",
         flash_attention: bool | None = None,
         keep: int = 128,
@@ -93,7 +92,6 @@ class LlamaCppEngine:
         self.max_context = min(max_context or self._model.trained_context, self._cells - 1)
         if flash_attention is None:
             flash_attention = cache == "F16" and self.max_context <= _SHORT
-        threads = threads or min(2, _usable_cores())
         self._options: dict[str, Any] = {"threads": threads, "flash": flash_attention, "wide_cache": cache == "F32"}
         self._max_seqs, self._keep, self._prefill_rows, self._flush_s = max_seqs, keep, prefill_rows, flush_s
         self._numbers = count()
@@ -233,10 +231,6 @@ class LlamaCppEngine:
             raise ContextLengthError(f"the context holds {cells} tokens in memory; the engine has {self._cells} cells")
         _check_ids(parts, self.vocab_size)
         return parts
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_ids(parts: Context, vocab_size: int) -> None:
