@@ -61,7 +61,9 @@ class Countdown:
                 f"using {', '.join(map(str, numbers))} to make {target} is outside the trained range: {self.about}"
             )
         if _only_through_one(numbers, target):
-            raise RequestError(f"{text} can only be made by a step times or over 1, which was not trained: {self.about}")
+            raise RequestError(
+                f"{text} can only be made by a step times or over 1, which was not trained: {self.about}"
+            )
         return self._problem(numbers, target)
 
     def grade(self, problem: Problem, answer: str) -> bool:
