@@ -15,9 +15,9 @@ from plait.tasks.worked import answer, block_cost, worth
 class Bundle:
     name = "bundle"
     about = (
-        "2 to 4 questions at once: products of 3 x 2, 2 x 3 or (up to three questions) 3 x 3 digits, the same for all, where "
-        "two numbers in brackets may stand for the first; short ones in between: sums of two numbers of up to 3 digits, "
-        "numbers of up to 2 digits times one digit: What is 347 * 52, 88 + 977 and 612 * 34?"
+        "2 to 4 questions at once: products of 3 x 2, 2 x 3 or (up to three questions) 3 x 3 digits, the same for all, "
+        "where two numbers in brackets may stand for the first; short ones in between: sums of two numbers of up to 3 "
+        "digits, numbers of up to 2 digits times one digit: What is 347 * 52, 88 + 977 and 612 * 34?"
     )
 
     def sample(self, rng: random.Random) -> Problem:

@@ -18,8 +18,8 @@ _MAX_VALUE = 99_999
 class Control:
     name = "control"
     about = (
-        "sums of 2 to 4 numbers of up to 4 digits (0 and 1 left out everywhere), a number of up to 4 digits times one digit, and chains of 2 to 5 "
-        "such steps where each needs the last: What is ((47 + 36) * 3 + 58) * 2?"
+        "sums of 2 to 4 numbers of up to 4 digits (0 and 1 left out everywhere), a number of up to 4 digits times one "
+        "digit, and chains of 2 to 5 such steps where each needs the last: What is ((47 + 36) * 3 + 58) * 2?"
     )
 
     def sample(self, rng: random.Random) -> Problem:
