@@ -105,7 +105,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 Answer one question, and show how.
 
 plait solve "What is 347 * 526?"
-plait solve "Use 3, 7 and 25 to make 54" --compare
+plait solve "What is 347 * 52, 88 + 977 and 612 * 34?" --compare
 echo "What is 34 * 27 + 58 * 16?" | plait solve -
 plait solve "What is 4631 * 8274?" --json --trace run.jsonl
 
