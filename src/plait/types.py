@@ -97,7 +97,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise RequestError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
@@ -143,7 +143,7 @@ class Budget:
         for name in self.__slots__:
             value = getattr(self, name)
             floor = floors.get(name, 0)
-            if value is not None and value < floor:
+            if value is not None and not value >= floor:
                 raise RequestError(f"budget {name} is {value}; it must be None or at least {floor}")
 
 

@@ -7,6 +7,7 @@ join; see `threadweaver.py` and `multiverse.py`.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from plait.types import JoinKind
 _NUMBERED = re.compile(r"\s*(\d+(?:\.\d+)*)\s*:\s*(.*?)\s*$", re.DOTALL)
 
 
-class TaggedFormat:
+class TaggedFormat(ABC):
     """A block of numbered outlines and as many threads, one level deep.
 
     Args:
@@ -105,22 +106,22 @@ class TaggedFormat:
             return ()
         return ids(self._tokenizer, self.closer_text())
 
-    def join(self, threads: Sequence[ThreadOutcome]) -> Join:
-        raise NotImplementedError
+    @abstractmethod
+    def join(self, threads: Sequence[ThreadOutcome]) -> Join: ...
 
+    @abstractmethod
     def header_text(self, number: str) -> str:
         """What the runtime writes to open a thread."""
-        raise NotImplementedError
 
     def closer_text(self) -> str:
         """What the runtime appends to a thread that did not close itself."""
         return f"</{self.thread}>"
 
-    def open_text(self, labels: Sequence[str]) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def open_text(self, labels: Sequence[str]) -> str: ...
 
-    def thread_text(self, body: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def thread_text(self, body: str) -> str: ...
 
-    def close_text(self, conclusion: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def close_text(self, conclusion: str) -> str: ...
