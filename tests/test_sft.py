@@ -15,6 +15,8 @@ from plait.errors import ModelError, RequestError  # noqa: E402
 from plait.tasks.vocabulary import TOKENIZER  # noqa: E402
 from plait.train import checkpoint  # noqa: E402
 from plait.train.display import Lines  # noqa: E402
+from plait.train.model import Decoder  # noqa: E402
+from plait.train.optimiser import optimisers  # noqa: E402
 from plait.train.sft import SFTConfig, config_from, load_config, to_toml, train  # noqa: E402
 from plait.tree import Segment, Tree  # noqa: E402
 
@@ -61,6 +63,21 @@ def weights(path: Path) -> dict[str, "torch.Tensor"]:
 
 def records(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("muon", ["Muon", "AdamW"]), ("adamw", ["AdamW"])])
+def test_the_optimisers_share_the_weights_between_them(name: str, kinds: list[str]) -> None:
+    config = config_from({**TINY, "optimiser": {"name": name}})
+    model = Decoder(config.model)
+    built = optimisers(model, config.optimiser)
+    assert [type(o).__name__ for o in built] == kinds
+    held = [id(p) for o in built for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters()))
+
+
+def test_an_unknown_optimiser_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(RequestError, match="did you mean 'muon'"):
+        config_from({**TINY, "optimiser": {"name": "moun"}})
 
 
 def test_the_loss_falls_and_held_out_traces_become_exact(tmp_path):

@@ -1,8 +1,10 @@
 """Countdown: combine all numbers with + - * / to make a target. Threads are the choices of the first pair.
 
 Sized to what trains on a CPU: two or three numbers, every intermediate result from 1 to 99. A thread tries every
-operation on its pair, then every operation of the result with the number left, and stops at the first success. The
-gold search leaves out steps times or over 1; what could only be made so is refused, so `none` is a proof.
+operation on its pair, then every operation of the result with the number left, and stops at the first success. Every
+end says how it compares with the target, `25-07=18<`, and numbers have two digits, so that they compare digit by digit:
+a model that only had to notice equality did not learn to. The gold search leaves out steps times or over 1; what could
+only be made so is refused, so `none` is a proof.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from itertools import combinations
 from plait.errors import RequestError
 from plait.formats.base import Block, Trajectory
 from plait.tasks.base import Problem
+from plait.tasks.notation import two_digits
 from plait.tasks.worked import answer
 
 MAX_NUMBER, MAX_TARGET = 25, 99
@@ -94,8 +97,8 @@ class Countdown:
         labels, threads = [], []
         for pair in _pairs(numbers):
             rest = _without(numbers, pair)
-            labels.append(",".join(map(str, rest)))
-            threads.append(_search(pair, rest, target))
+            labels.append(two_digits(",".join(map(str, rest))))
+            threads.append(two_digits(_search(pair, rest, target)))
         return labels, threads
 
     def serial(self, problem: Problem) -> Trajectory:
@@ -166,14 +169,18 @@ def _search(pair: tuple[int, int], rest: list[int], target: int) -> str:
     tried: list[str] = []
     for text, value in _moves(*pair):
         if not rest:
-            tried.append(text)
+            tried.append(text + _verdict(value, target))
             if value == target:
-                return ",".join(tried) + "!"
+                return "".join(tried)
             continue
-        followed: list[str] = []
+        followed = f"{text}:"
         for last, end in _moves(value, rest[0]):
-            followed.append(last)
+            followed += last + _verdict(end, target)
             if end == target:
-                return ";".join([*tried, f"{text}:{','.join(followed)}"]) + "!"
-        tried.append(f"{text}:{','.join(followed)}")
-    return (";" if rest else ",").join([*tried, "none"])
+                return ";".join([*tried, followed])
+        tried.append(followed)
+    return (";" if rest else "").join([*tried, "none"])
+
+
+def _verdict(value: int, target: int) -> str:
+    return "!" if value == target else "<" if value < target else ">"

@@ -79,16 +79,25 @@ def canonical(text: str) -> str:
 
 
 def spelled(prompt: str) -> str:
-    """A canonical question as a model reads it: each digit after the letter of its place. Countdown's stay as they are.
+    """A canonical question as a model reads it: each digit after the letter of its place; Countdown's with two digits.
 
     >>> spelled("347*20?"), spelled("25,7>32?")
-    ('c3b4a7*b2a0?', '25,7>32?')
+    ('c3b4a7*b2a0?', '25,07>32?')
     """
     if ">" in prompt:
-        return prompt
+        return two_digits(prompt)
     return re.sub(
         r"\d+", lambda m: "".join(f"{p}{d}" for p, d in zip(PLACES[len(m[0]) - 1 :: -1], m[0], strict=True)), prompt
     )
+
+
+def two_digits(text: str) -> str:
+    """A text with every single digit written as two.
+
+    >>> two_digits("25-7=18")
+    '25-07=18'
+    """
+    return re.sub(r"\d+", lambda m: m[0].zfill(2), text)
 
 
 def parse_expression(text: str) -> Expression:

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from plait.tasks.notation import Expression, Product, Sum
-from plait.tasks.worked import Products, add, add_cost, answer_cost, found, found_cost
+from plait.tasks.worked import Products, add, add_cost, addend, answer_cost, found, found_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class Term:
         total = sum(self.addends)
         steps: list[str] = []
         if len(self.addends) > 1:
-            steps.append(add(self.addends) + found(total))
+            steps.append(add(self.addends) + (addend(total) if self.factor is None else found(total)))
         if self.factor is not None:
-            steps.append(Products(((total, self.factor),), final=False).serial())
+            steps.append(Products(((total, self.factor),), final=False, inner=True).serial())
         return ";".join(steps)
 
     def cost(self) -> int:

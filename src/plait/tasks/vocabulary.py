@@ -13,7 +13,7 @@ from plait.tokenizer import FixedTokenizer
 WORDS = (
     *"0123456789",
     *"+-*/=()",
-    *",;?:~!>",
+    *",;?:~!<>",
     *PLACES,
     " ",
     "\n",

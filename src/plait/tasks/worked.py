@@ -1,8 +1,9 @@
 """Arithmetic worked on paper, as text: the steps that every family's gold traces are made of, and what they cost.
 
 Every digit that is used again stands after the letter of its place (`a` units, `b` tens, ...): a model finds the digits
-of a column by their letter, wherever their rows are. Rows are written after `~`, values after `>`. Costs are tokens of
-the embedded vocabulary, estimated from digit counts alone: from what a model can see when it has to decide.
+of a column by their letter, wherever their rows are. Rows of the sum that ends a block or a problem are written after
+`~`, everything else that is used again after `>`: a sum over threads must not take in what was added inside one. Costs
+are tokens of the embedded vocabulary, estimated from digit counts alone: from what a model can see when it decides.
 Place letters: index hints, Zhou et al. 2023, "What Algorithms can Transformers Learn?" (arXiv:2310.16028).
 """
 
@@ -25,8 +26,8 @@ def placed(value: int) -> str:
     return "".join(f"{PLACES[k]}{digit}" for k, digit in enumerate(reversed(str(value))))
 
 
-def given(value: int) -> str:
-    """A row of a sum."""
+def addend(value: int) -> str:
+    """A row of the sum that ends a block or a problem."""
     return f"~{placed(value)}"
 
 
@@ -35,11 +36,11 @@ def found(value: int) -> str:
     return f">{placed(value)}"
 
 
-def row(a: int, digit: int, zeros: int, *, alone: bool = False) -> str:
-    """A number times one digit and a power of ten; `alone` where it is the whole product.
+def row(a: int, digit: int, zeros: int) -> str:
+    """A number times one digit and a power of ten, its result not yet restated.
 
     >>> row(347, 2, 1)
-    '347*20: b7*2=14,14+0=14 c4*2=08,08+1=09 d3*2=06,06+0=06~a0b4c9d6'
+    '347*20: b7*2=14,14+0=14 c4*2=08,08+1=09 d3*2=06,06+0=06'
     """
     steps: list[str] = []
     carry = 0
@@ -48,8 +49,7 @@ def row(a: int, digit: int, zeros: int, *, alone: bool = False) -> str:
         value = product + carry
         steps.append(f"{PLACES[k + zeros]}{x}*{digit}={product:02d},{product:02d}+{carry}={value:02d}")
         carry = value // 10
-    result = a * digit * 10**zeros
-    return f"{a}*{digit}{'0' * zeros}: {' '.join(steps)}{found(result) if alone else given(result)}"
+    return f"{a}*{digit}{'0' * zeros}: {' '.join(steps)}"
 
 
 def row_cost(digits: int, zeros: int) -> int:
@@ -90,9 +90,9 @@ def add(values: Sequence[int]) -> str:
     """A sum of given numbers on one line, its result not yet restated.
 
     >>> add([47, 9])
-    '~a7b4~a9Sum: a16b05'
+    '>a7b4>a9Sum: a16b05'
     """
-    return "".join(map(given, values)) + columns(values)
+    return "".join(map(found, values)) + columns(values)
 
 
 def add_cost(digits: Sequence[int]) -> int:
@@ -115,14 +115,20 @@ class Products:
     pairs: tuple[tuple[int, int], ...]
     final: bool
     """True where the answer follows: the results are not restated for further use."""
+    inner: bool = False
+    """True where the results are themselves rows of a later sum."""
 
     @property
     def rows(self) -> list[str]:
         rows: list[str] = []
         for a, b in self.pairs:
             parts = multiplier_parts(b)
-            rows += [row(a, d, z, alone=len(parts) == 1) for d, z in parts]
+            end = self._result if len(parts) == 1 else found if self.inner else addend
+            rows += [row(a, d, z) + end(a * d * 10**z) for d, z in parts]
         return rows
+
+    def _result(self, value: int) -> str:
+        return addend(value) if self.inner else found(value)
 
     @property
     def labels(self) -> list[str]:
@@ -135,7 +141,7 @@ class Products:
         for a, b in self.pairs:
             parts = [a * d * 10**z for d, z in multiplier_parts(b)]
             if len(parts) > 1:
-                out.append(columns(parts) + ("" if self.final else found(a * b)))
+                out.append(columns(parts) + ("" if self.final else self._result(a * b)))
         return ";".join(out)
 
     def serial(self) -> str:

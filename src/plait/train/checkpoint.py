@@ -20,7 +20,7 @@ from plait.tokenizer import FixedTokenizer
 from plait.train.gguf import write_gguf
 from plait.train.model import Decoder, ModelConfig, hf_config, to_hf
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:

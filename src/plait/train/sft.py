@@ -4,7 +4,7 @@
 
 The run folder holds `config.toml` (everything resolved), `checkpoint.pt`, `metrics.jsonl` and `model.gguf`. Starting
 the same command again goes on from the checkpoint. Knows nothing of engines: true decoding is a function it is given.
-Sources: trie-based SFT with loss on sampled tokens only, ThreadWeaver (arXiv:2512.07843); AdamW (arXiv:1711.05101).
+Source: trie-based SFT with loss on sampled tokens only, ThreadWeaver (arXiv:2512.07843).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from plait.train.config import ScheduleConfig, SFTConfig, config_from, identity,
 from plait.train.data import Source, Stream, gold_source
 from plait.train.display import Display, Say, open_display
 from plait.train.model import Decoder
+from plait.train.optimiser import optimisers
 from plait.train.packing import Bucket, PackedBatch, Packer
 from plait.train.trie import TrieBatch, flatten
 
@@ -125,17 +126,11 @@ class _Run:
         self.model = Decoder(config.model)
         if saved is None and config.init:
             self._start_from(Path(config.init))
-        knobs = config.optimiser
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=knobs.lr,
-            betas=(knobs.beta1, knobs.beta2),
-            weight_decay=knobs.weight_decay,
-            fused=True,
-        )
+        self.optimisers = optimisers(self.model, config.optimiser)
         if saved is not None:
             self.model.load_state_dict(saved["model"])
-            self.optimiser.load_state_dict(saved["optimiser"])
+            for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
+                optimiser.load_state_dict(state)
             self.progress, self.scores = Progress(**saved["progress"]), saved["scores"]
         self.stream = Stream(
             self.source,
@@ -180,13 +175,15 @@ class _Run:
         batch = next(self.stream)
         drawn = time.perf_counter()
         lr = knobs.lr * self.config.schedule.factor(done, progress.step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = lr
         loss = self._loss(batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), knobs.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         value = float(loss.detach())
         progress.step += 1
         progress.tokens += batch.num_tokens
@@ -274,7 +271,7 @@ class _Run:
             {
                 "config": asdict(self.config),
                 "model": self.model.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
                 "stream": self.stream.state(),
                 "progress": asdict(self.progress),
                 "scores": self.scores,
