@@ -1,6 +1,6 @@
-"""A run on disk: one event a line, readable at any moment, also after a crash or a full disk.
+"""Runs on disk: one event a line, readable at any moment, also after a crash or a full disk.
 
-Knows events and trees only. A line is written whole or, where the disk refuses, is the last; reading drops it.
+Usually a log holds one run; where it holds several, each begins with its own `RunStarted`. Knows events and trees only. A line is written whole or, where the disk refuses, is the last; reading drops it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from plait.errors import LogError, TreeError
-from plait.events import Event, decode, encode
+from plait.events import Event, RunStarted, decode, encode
 from plait.tree import Tree
 
 
@@ -93,8 +93,18 @@ def read_log(path: str | os.PathLike[str]) -> list[Event]:
     return events
 
 
+def split_runs(events: Iterable[Event]) -> list[list[Event]]:
+    """The runs of a log that holds several, one after the other."""
+    runs: list[list[Event]] = []
+    for event in events:
+        if not runs or isinstance(event, RunStarted):
+            runs.append([])
+        runs[-1].append(event)
+    return runs
+
+
 def read_tree(path: str | os.PathLike[str]) -> Tree:
-    """The tree of a log.
+    """The tree of a log that holds one run.
 
     Raises:
         LogError: The file cannot be read.

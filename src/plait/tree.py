@@ -74,6 +74,16 @@ class Usage:
     forks: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """When a segment sampled, in token steps: one token a step, with room for every thread."""
+
+    start: int
+    end: int
+    critical: bool
+    """On the longest dependent chain."""
+
+
 @dataclass(slots=True)
 class Tree:
     """Segments by id, in the order they started."""
@@ -189,7 +199,7 @@ class Tree:
         segments: dict[str, list[Segment]] = {}
         for segment in self.walk():
             segments.setdefault(segment.thread, []).append(segment)
-        ends = self._positions()
+        ends = self.positions()
         infos: list[ThreadInfo] = []
         for name in sorted(segments, key=_numbers):
             own = sorted(segments[name], key=lambda s: _order(s.id))
@@ -236,16 +246,29 @@ class Tree:
         """Tokens given at concat joins: a merge join gives none of its threads' tokens again."""
         return sum(len(s.forced_ids) for s in self.segments.values() if s.joins and s.join == "concat")
 
+    def spans(self) -> dict[str, Span]:
+        """When every segment samples: it waits for its parent and for all that it joins, then takes a step a token."""
+        starts: dict[str, int] = {}
+        ends: dict[str, int] = {}
+        because: dict[str, str | None] = {}
+        for s in self.segments.values():
+            waits = s.joins if s.parent is None else (s.parent, *s.joins)
+            because[s.id] = max(waits, key=lambda id: ends[id], default=None)
+            starts[s.id] = max((ends[id] for id in waits), default=0)
+            ends[s.id] = starts[s.id] + len(s.sampled_ids)
+        critical: set[str] = set()
+        at = max(ends, key=lambda id: ends[id], default=None)
+        while at is not None:
+            critical.add(at)
+            at = because[at]
+        return {id: Span(start=starts[id], end=ends[id], critical=id in critical) for id in starts}
+
     def critical_path(self) -> int:
-        """Sampled tokens on the longest dependent chain: a segment waits for its parent and for all that it joins.
+        """Sampled tokens on the longest dependent chain.
 
         The seconds that an engine of one token a second with room for every thread would take.
         """
-        ends: dict[str, int] = {}
-        for s in self.segments.values():
-            waits = s.joins if s.parent is None else (s.parent, *s.joins)
-            ends[s.id] = max((ends[id] for id in waits), default=0) + len(s.sampled_ids)
-        return max(ends.values(), default=0)
+        return max((span.end for span in self.spans().values()), default=0)
 
     def num_response(self) -> int:
         """T of ThreadWeaver's metrics: tokens of the response, sampled and inserted; each thread counts once."""
@@ -277,7 +300,7 @@ class Tree:
 
     def longest_context(self) -> int:
         """Positions of the longest context that any thread held, its own tokens included."""
-        return max(self._positions().values(), default=0)
+        return max(self.positions().values(), default=0)
 
     def usage(self) -> Usage:
         return Usage(
@@ -291,7 +314,7 @@ class Tree:
             forks=self.num_forks,
         )
 
-    def _positions(self) -> dict[str, int]:
+    def positions(self) -> dict[str, int]:
         """Position after the last token of every segment. In order of starting, so parents and joins come first."""
         ends: dict[str, int] = {}
         for s in self.segments.values():

@@ -9,17 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from plait.tree import Tree
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """A segment's own tokens."""
-
-    start: int
-    end: int
-    critical: bool
-    """On the longest dependent chain."""
+from plait.tree import Span, Tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +52,7 @@ class Timeline:
 
 def timeline(tree: Tree) -> Timeline:
     """The lanes of a run, finished or not."""
-    spans = _spans(tree)
+    spans = tree.spans()
     own: dict[str, list[Span]] = {}
     for id, span in spans.items():
         own.setdefault(tree.segments[id].thread, []).append(span)
@@ -93,23 +83,6 @@ def timeline(tree: Tree) -> Timeline:
             )
         )
     return Timeline(length=length, bars=tuple(bars))
-
-
-def _spans(tree: Tree) -> dict[str, Span]:
-    starts: dict[str, int] = {}
-    ends: dict[str, int] = {}
-    because: dict[str, str | None] = {}
-    for s in tree.segments.values():
-        waits = [id for id in (s.parent, *s.joins) if id is not None]
-        because[s.id] = max(waits, key=lambda id: ends[id], default=None)
-        starts[s.id] = max((ends[id] for id in waits), default=0)
-        ends[s.id] = starts[s.id] + len(s.sampled_ids)
-    critical: set[str] = set()
-    at = max(ends, key=lambda id: ends[id], default=None)
-    while at is not None:
-        critical.add(at)
-        at = because[at]
-    return {id: Span(start=starts[id], end=ends[id], critical=id in critical) for id in starts}
 
 
 @dataclass(frozen=True, slots=True)
