@@ -126,7 +126,7 @@ async def block_cost(path: Path, options: dict[str, Any]) -> dict[str, float]:
                 threads = await side_by_side(engine, contexts, LENGTH)
             fork = sum(b - a for a, b in compositions)
             branches = tuple(((30, i, 31, *ids),) for i, ids in enumerate(threads))
-            with timed(scheduler, "_compose") as compositions, timed(engine._decoder, "decode") as decodes:
+            with timed(scheduler, "_compose") as compositions, timed(scheduler._decoder, "decode") as decodes:
                 stopped = perf_counter()
                 await call(engine, (parent, Merge(branches), (32,)), CONCLUSION)
             out = {

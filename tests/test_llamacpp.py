@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,8 @@ from hypothesis import strategies as st
 import tiny_llama
 from plait.engines.base import EngineStats
 from plait.engines.llamacpp import LlamaCppEngine, binding
+from plait.engines.llamacpp.binding import Decoder, Model
+from plait.engines.llamacpp.pace import Pace
 from plait.errors import ContextLengthError, EngineUnavailable, ModelError, RequestError
 from plait.testing.conformance import check_engine
 from plait.types import Context, Merge, SamplingParams, StopReason
@@ -71,9 +75,9 @@ def assert_greedy(context: Context, ids: Sequence[int], logprobs: Sequence[float
 
 
 def assert_balanced(engine: LlamaCppEngine, calls: int = 0) -> None:
-    scheduler, decoder = engine._scheduler, engine._decoder
+    scheduler = engine._scheduler
     assert scheduler is not None
-    assert decoder is not None
+    decoder = scheduler._decoder
     scheduler._cache.check()
     assert scheduler.active == calls
     assert len(scheduler._cache.seqs) - len(scheduler._cache.idle) == calls
@@ -401,14 +405,80 @@ async def test_a_decode_that_fails_fails_the_calls_and_nothing_else(
 ) -> None:
     async with exact(gguf) as engine:
         before, _, _ = await call(engine, (PROMPT,))
-        decoder = engine._decoder
-        assert decoder is not None
-        monkeypatch.setattr(decoder, "decode", lambda rows: -1)
+        assert engine._scheduler is not None
+        monkeypatch.setattr(engine._scheduler._decoder, "decode", lambda rows: -1)
         with pytest.raises(RuntimeError, match="llama_decode"):
             await call(engine, (PROMPT,))
         monkeypatch.undo()
         assert (await call(engine, (PROMPT,)))[0] == before
         assert_balanced(engine)
+
+
+async def test_all_engines_of_a_process_compute_in_one_thread_and_it_ends_with_them(gguf: Path) -> None:
+    def threads() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t.name == "plait-llamacpp"]
+
+    with anyio.fail_after(5):
+        async with exact(gguf) as one, exact(gguf) as other:
+            expected, _, _ = await call(one, (PROMPT,))
+            got: list[tuple[int, ...]] = []
+
+            async def ask(engine: LlamaCppEngine) -> None:
+                got.append((await call(engine, (PROMPT,)))[0])
+
+            async with anyio.create_task_group() as tasks:
+                for engine in (one, other, one, other):
+                    tasks.start_soon(ask, engine)
+            assert got == [expected] * 4
+            (thread,) = threads()
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+        async with exact(gguf) as again:
+            assert (await call(again, (PROMPT,)))[0] == expected
+
+
+def test_a_step_gets_the_threads_that_were_fastest_lately() -> None:
+    pace = Pace.of(None, model_bytes=10**6, cores=2)
+    assert (pace.choose(1), pace.choose(4)) == (1, 2)
+    pace.record(4, 2, 9.0)
+    assert pace.choose(4) == 1
+    pace.record(4, 1, 1.0)
+    chosen = [pace.choose(4) for _ in range(64)]
+    assert chosen.count(2) == 2, "tried again now and then"
+    for _ in range(20):
+        pace.record(4, 2, 0.1)  # the machine became idle
+    assert pace.choose(4) == 2
+    assert pace.choose(3) == 2, "other numbers of rows are measured by themselves"
+
+
+@pytest.mark.parametrize(
+    ("asked", "model_bytes", "cores", "one", "several"),
+    [(3, 10**6, 8, 3, (3,)), (None, 10**9, 8, 8, (8,)), (None, 10**6, 1, 1, (1,))],
+)
+def test_threads_are_those_asked_for_or_fit_the_model(
+    asked: int | None, model_bytes: int, cores: int, one: int, several: tuple[int, ...]
+) -> None:
+    pace = Pace.of(asked, model_bytes=model_bytes, cores=cores)
+    assert (pace.one, pace.several) == (one, several)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 64])
+def test_the_number_of_threads_changes_no_bit(gguf: Path, rows: int) -> None:
+    def logits(threads: int) -> bytes:
+        model = Model(gguf)
+        decoder = Decoder(model, cells=512, max_seqs=8, max_rows=64, flash=True, wide_cache=False)
+        decoder.set_threads(rows, threads)
+        decoder.tokens[:rows] = np.arange(rows) % 30
+        decoder.positions[:rows] = np.arange(rows) if rows > 8 else 0
+        decoder.seq_ids[:rows, 0] = 0 if rows > 8 else np.arange(rows)
+        decoder.outputs[:rows] = 1
+        assert decoder.decode(rows) == 0
+        out = decoder.logits(rows).tobytes()
+        decoder.close()
+        model.close()
+        return out
+
+    assert logits(1) == logits(2)
 
 
 @settings(max_examples=8)

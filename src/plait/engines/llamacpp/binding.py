@@ -83,6 +83,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_init_from_model": (_ptr, _ptr, _ContextParams),
     "llama_free": (None, _ptr),
     "llama_n_ctx": (_u32, _ptr),
+    "llama_set_n_threads": (None, _ptr, _i32, _i32),
     "llama_get_memory": (_ptr, _ptr),
     "llama_memory_clear": (None, _ptr, _bool),
     "llama_memory_seq_cp": (None, _ptr, _i32, _i32, _i32, _i32),
@@ -217,13 +218,14 @@ class Decoder:
     """
 
     def __init__(
-        self, model: Model, *, cells: int, max_seqs: int, max_rows: int, threads: int, flash: bool, wide_cache: bool
+        self, model: Model, *, cells: int, max_seqs: int, max_rows: int, flash: bool, wide_cache: bool
     ) -> None:
         self._lib, self._model = model._lib, model
         params = self._lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max = cells, max_seqs
         params.n_batch = params.n_ubatch = max_rows
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = 1
+        self._threads = (1, 1)
         params.kv_unified = True  # one pool of cells: a fork sets a bit per cell, a part of a sequence can be copied
         params.flash_attn_type = int(flash)
         params.type_k = params.type_v = 0 if wide_cache else 1
@@ -251,6 +253,11 @@ class Decoder:
         )
         self._views: dict[int, npt.NDArray[np.float32]] = {}
         self._decode, self._get_logits = self._lib.llama_decode, self._lib.llama_get_logits
+
+    def set_threads(self, rows: int, threads: int) -> None:
+        """CPU threads of the steps that follow, which have so many rows."""
+        self._threads = (threads, self._threads[1]) if rows == 1 else (self._threads[0], threads)
+        self._lib.llama_set_n_threads(self._handle, *self._threads)
 
     def decode(self, rows: int) -> int:
         """Run the first `rows` rows. Returns llama.cpp's code: 0 is well, 1 no room, below 0 an invalid batch."""

@@ -7,21 +7,23 @@ threads, formats or text.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import anyio
-import anyio.abc
 import anyio.lowlevel
-import anyio.to_thread
 
 from plait.engines.base import EngineStats
 from plait.engines.llamacpp.binding import MAX_SEQS, Decoder, Model
 from plait.engines.llamacpp.cache import Cache, Part, normalise
+from plait.engines.llamacpp.pace import Pace
 from plait.engines.llamacpp.sampling import Sampler
 from plait.engines.llamacpp.scheduler import Call, Delivery, Scheduler
+from plait.engines.llamacpp.worker import WORKER
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError
 from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_cells, context_positions
 
@@ -51,8 +53,8 @@ class LlamaCppEngine:
         cells: Tokens held in memory for all calls together, shared prefixes counted once. A fork walks over all of
             them (a few microseconds a thousand), so no more than needed.
         max_seqs: Contexts held at once, live and cached; at most 256.
-        threads: CPU threads of one step. One more than there are free cores costs several times its gain, and so do
-            two engines in one process with more threads than cores together: OpenMP then stops spinning.
+        threads: CPU threads of one step; all engines of a process take turns in them. By default every core for a
+            large model; for a small one a second thread where several rows are computed and it has been faster.
         cache: Number format of cached keys and values. F32 is for exact comparisons.
         flash_attention: Skips cells a row does not attend to: on a CPU it pays for short contexts side by side, and
             costs for long ones. By default on for contexts up to 2,048 positions, if the cache is F16.
@@ -75,7 +77,7 @@ class LlamaCppEngine:
         max_context: int | None = None,
         cells: int = 4096,
         max_seqs: int = 32,
-        threads: int = 1,
+        threads: int | None = None,
         cache: Literal["F16", "F32"] = "F16",
         flash_attention: bool | None = None,
         keep: int = 128,
@@ -92,13 +94,12 @@ class LlamaCppEngine:
         self.max_context = min(max_context or self._model.trained_context, self._cells - 1)
         if flash_attention is None:
             flash_attention = cache == "F16" and self.max_context <= _SHORT
-        self._options: dict[str, Any] = {"threads": threads, "flash": flash_attention, "wide_cache": cache == "F32"}
+        self._pace = Pace.of(threads, model_bytes=Path(path).stat().st_size, cores=_cores())
+        self._options: dict[str, Any] = {"flash": flash_attention, "wide_cache": cache == "F32"}
         self._max_seqs, self._keep, self._prefill_rows, self._flush_s = max_seqs, keep, prefill_rows, flush_s
         self._numbers = count()
-        self._decoder: Decoder | None = None
         self._scheduler: Scheduler | None = None
-        self._tasks: anyio.abc.TaskGroup | None = None
-        self._stopped: anyio.Event | None = None
+        self._stopped = anyio.Event()
         self._closed = False
 
     def meta(self, key: str) -> str | None:
@@ -108,63 +109,52 @@ class LlamaCppEngine:
         return self._model.meta(key)
 
     async def __aenter__(self) -> LlamaCppEngine:
-        if self._closed or self._tasks is not None:
+        if self._closed or self._scheduler is not None:
             raise EngineUnavailable("a llama.cpp engine is opened once; make another one")
-        self._decoder = Decoder(
-            self._model,
-            cells=self._cells,
-            max_seqs=self._max_seqs,
-            max_rows=min(512 + self._max_seqs, self._cells),
-            **self._options,
-        )
+        try:
+            decoder = Decoder(
+                self._model,
+                cells=self._cells,
+                max_seqs=self._max_seqs,
+                max_rows=min(512 + self._max_seqs, self._cells),
+                **self._options,
+            )
+        except BaseException:
+            await self.aclose()
+            raise
         post = _poster()
+
+        def close() -> None:
+            # Freed by the thread that computes, so that no way out of the event loop can free it under a decode.
+            decoder.close()
+            self._model.close()
+            post(self._stopped.set)
+
         self._scheduler = Scheduler(
-            self._decoder,
-            Cache(self._decoder, max_seqs=self._max_seqs, keep=self._keep),
+            decoder,
+            Cache(decoder, max_seqs=self._max_seqs, keep=self._keep),
             Sampler(self._max_seqs, self.vocab_size),
+            self._pace,
+            wake=WORKER.wake,
             post=lambda deliveries: post(_deliver, deliveries),
+            close=close,
             prefill_rows=self._prefill_rows,
             flush_s=self._flush_s,
         )
-        self._stopped = anyio.Event()
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
-        self._tasks.start_soon(self._work, self._scheduler, self._stopped)
+        WORKER.add(self._scheduler)
         return self
-
-    async def _work(self, scheduler: Scheduler, stopped: anyio.Event) -> None:
-        """Run the scheduler in a thread that lives as long as the engine; it ends only when told to close."""
-
-        def work() -> None:
-            # Freed by the thread that uses it, so that no way out of the event loop can free it under a decode.
-            try:
-                scheduler.run()
-            finally:
-                self._free()
-
-        try:
-            await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
-        finally:
-            stopped.set()
-
-    def _free(self) -> None:
-        if self._decoder is not None:
-            self._decoder.close()
-        self._model.close()
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
-        assert self._tasks is not None
-        await self._tasks.__aexit__(None, None, None)  # so that an error of the block leaves it bare
 
     async def aclose(self) -> None:
         """End every call and free the memory; again is fine."""
         first, self._closed = not self._closed, True
-        if self._scheduler is None or self._stopped is None:
-            self._free()
+        if self._scheduler is None:
+            self._model.close()
             return
         if first:
-            self._scheduler.inbox.put(("close", None))
+            self._scheduler.put(("close", None))
         with anyio.CancelScope(shield=True):
             await self._stopped.wait()
 
@@ -175,7 +165,7 @@ class LlamaCppEngine:
             return EngineStats()
         return EngineStats(
             active=s.active,
-            queued=len(s.queue) + s.inbox.qsize(),
+            queued=s.queued,
             cached_tokens=s.cached_tokens,
             prefill_tokens=s.prefill_tokens,
             reused_tokens=s.reused_tokens,
@@ -200,7 +190,7 @@ class LlamaCppEngine:
         call = Call(next(self._numbers), parts, params, min(params.max_tokens, room), mailbox)
         if call.need > self._max_seqs:
             raise RequestError(f"the context's merges nest {call.need - 1} deep; max_seqs={self._max_seqs} is too few")
-        scheduler.inbox.put(("submit", call))
+        scheduler.put(("submit", call))
         try:
             while True:
                 await mailbox.arrived.wait()
@@ -214,7 +204,7 @@ class LlamaCppEngine:
                     return
         finally:
             if mailbox.stop is None and mailbox.error is None:
-                scheduler.inbox.put(("cancel", call))
+                scheduler.put(("cancel", call))
 
     def _checked(self, context: Context) -> tuple[Part, ...]:
         parts = normalise(context)
@@ -243,10 +233,21 @@ def _check_ids(parts: Context, vocab_size: int) -> None:
             raise RequestError(f"token id {bad} is not in the vocabulary; ids go from 0 to {vocab_size - 1}")
 
 
-def _poster() -> Callable[..., object]:
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _poster() -> Callable[..., None]:
     """The running event loop's way to be called from another thread without waiting for it."""
     loop: Any = anyio.lowlevel.current_token().native_token
-    return loop.run_sync_soon if hasattr(loop, "run_sync_soon") else loop.call_soon_threadsafe
+    call = loop.run_sync_soon if hasattr(loop, "run_sync_soon") else loop.call_soon_threadsafe
+
+    def post(function: Callable[..., object], *args: object) -> None:
+        with suppress(RuntimeError):  # the loop is gone, and everybody who waited with it
+            call(function, *args)
+
+    return post
 
 
 def _deliver(deliveries: list[Delivery]) -> None:

@@ -1,4 +1,4 @@
-"""Continuous batching: every live call of every session in one decode a step. Runs in a thread of its own.
+"""Continuous batching: every live call of every session in one decode a step. Runs in the worker's thread, by turns.
 
 A step is a *burst* as long as only sampling goes on: rows stay where they are, positions count up, and no Python object
 is made for a token. When calls arrive or end, one *mixed* step carries the sampling rows, the tokens of new contexts,
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
+from threading import Event
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from plait.engines.llamacpp.binding import Decoder
 from plait.engines.llamacpp.cache import Cache, Node, Part, Seq, normalise
+from plait.engines.llamacpp.pace import Pace
 from plait.engines.llamacpp.sampling import Floats, Sampler, uniforms
 from plait.errors import EngineError, EngineUnavailable
 from plait.types import Merge, SamplingParams, StopReason, context_cells
@@ -122,7 +124,10 @@ class Scheduler:
     """The calls of one decoder.
 
     Args:
-        post: Called with what calls sampled, from this thread; must not block.
+        pace: Threads of a step of several rows.
+        wake: Set when any scheduler of the thread gets a message: a burst then ends.
+        post: Called with what calls sampled, from the worker's thread; must not block.
+        close: Called there when told to close, after the last delivery.
         prefill_rows: Tokens of new contexts that one step computes while other calls sample; so a long prompt delays
             each of their tokens by no more than this.
         flush_s: Calls that go on sampling are heard of this often.
@@ -133,14 +138,21 @@ class Scheduler:
         decoder: Decoder,
         cache: Cache,
         sampler: Sampler,
+        pace: Pace,
         *,
+        wake: Event,
         post: Callable[[list[Delivery]], object],
+        close: Callable[[], object],
         prefill_rows: int,
         flush_s: float,
     ) -> None:
-        self._decoder, self._cache, self._sampler, self._post = decoder, cache, sampler, post
+        self._decoder, self._cache, self._sampler, self._pace = decoder, cache, sampler, pace
+        self._wake, self._post, self._close = wake, post, close
         self._prefill_rows, self._flush_s = prefill_rows, flush_s
-        self.inbox: SimpleQueue[Message] = SimpleQueue()
+        decoder.set_threads(1, pace.one)
+        decoder.set_threads(2, pace.several[0])
+        self._inbox: SimpleQueue[Message] = SimpleQueue()
+        self._bug: EngineError | None = None
         self.queue: deque[Call] = deque()
         self.fills: list[Fill] = []
         self.slots: list[Call] = []
@@ -168,36 +180,49 @@ class Scheduler:
         """Cells in use."""
         return self._cache.used + self._tail_cells()
 
+    @property
+    def queued(self) -> int:
+        """Calls that wait to be let in."""
+        return len(self.queue) + self._inbox.qsize()
+
+    def put(self, message: Message) -> None:
+        """Tell the thread something, from any other."""
+        self._inbox.put(message)
+        self._wake.set()
+
     # The thread
 
-    def run(self) -> None:
-        """Work until told to close."""
-        try:
-            while self._receive():
-                start = perf_counter()
-                if self.queue or self.fills or (self._tails and self.slots):
-                    self._mixed()
-                if self.slots and not (self.fills or self._tails):
-                    self._burst()
-                self.work_s += perf_counter() - start
-        except Exception as exc:
-            error = EngineError(f"the llama.cpp engine failed, please report: {type(exc).__name__}: {exc}")
-            error.__cause__ = exc
-            self._fail(error)
-            self._refuse(error)
-        else:
-            self._fail(EngineUnavailable("the llama.cpp engine was closed while a call was running"))
+    def ready(self) -> bool:
+        """Whether there is something to do."""
+        return bool(self.slots or self.fills or self.queue) or not self._inbox.empty()
 
-    def _refuse(self, error: EngineError) -> None:
-        """After a bug: answer every call with it until told to close."""
-        while (message := self.inbox.get())[0] != "close":
-            if message[0] == "submit" and message[1] is not None:
-                self._post([(message[1], [], [], None, error)])
+    def turn(self) -> bool:
+        """Take in messages and work for some milliseconds. False once closed."""
+        try:
+            if not self._receive():
+                self._fail(EngineUnavailable("the llama.cpp engine was closed while a call was running"))
+                self._close()
+                return False
+            if self._bug is not None:
+                self._fail(self._bug)
+                return True
+            start = perf_counter()
+            if self.queue or self.fills or (self._tails and self.slots):
+                self._mixed()
+            if self.slots and not (self.fills or self._tails):
+                self._burst()
+            self.work_s += perf_counter() - start
+        except Exception as exc:
+            # Nobody knows what state it is in: every call is answered with the error until it is told to close.
+            self._bug = EngineError(f"the llama.cpp engine failed, please report: {type(exc).__name__}: {exc}")
+            self._bug.__cause__ = exc
+            self._fail(self._bug)
+        return True
 
     def _receive(self) -> bool:
-        """Take in messages; wait for one if there is nothing to do. False when it is time to close."""
-        while not (self.inbox.empty() and (self.slots or self.fills or self.queue)):
-            kind, call = self.inbox.get()
+        """Take in messages. False when it is time to close."""
+        while not self._inbox.empty():
+            kind, call = self._inbox.get()
             if kind == "close":
                 return False
             assert call is not None
@@ -244,9 +269,11 @@ class Scheduler:
         most = min(_HISTORY, min(c.limit - len(c.ids) for c in self.slots), self._room() // slots)
         if most < 1:
             return self._make_room()
-        decoder, sample, empty = self._decoder, self._sampler.sample, self.inbox.empty
+        decoder, sample, pressed = self._decoder, self._sampler.sample, self._wake.is_set
         positions, tokens = decoder.positions[:slots], decoder.tokens[:slots]
         until, spent = self._flush_at, 0.0
+        threads = self._pace.choose(slots)
+        decoder.set_threads(slots, threads)
         for step in range(most):
             start = perf_counter()
             code = decoder.decode(slots)
@@ -259,9 +286,10 @@ class Scheduler:
             self._ids[step, :slots] = tokens
             positions += 1
             self._steps += 1
-            if ended or now >= until or not empty():
+            if ended or now >= until or pressed():
                 break
         self.decode_s += spent
+        self._pace.record(slots, threads, spent / self._steps)
         self._settle()
 
     def _mixed(self) -> None:
@@ -380,10 +408,6 @@ class Scheduler:
         self._fail(EngineError(f"llama_decode of the llama.cpp engine returned {code}{why}"))
 
     def _fail(self, error: EngineError) -> None:
-        while not self.inbox.empty():
-            kind, call = self.inbox.get()
-            if kind == "submit" and call is not None:
-                self.queue.append(call)
         live = [f.call for f in self.fills if f.call is not None] + self.slots + list(self.queue)
         self.fills, self.slots, self._tails, self._steps = [], [], [], 0
         self.queue.clear()
