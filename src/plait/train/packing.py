@@ -48,9 +48,14 @@ class PackedBatch:
     """First slot of the row that no longer sees the token."""
     hide_lo: NDArray[np.int32]
     hide_hi: NDArray[np.int32]
-    num_examples: int
+    places: tuple[tuple[int, int, int], ...]
+    """Row, first slot and tag of every example, in the order they were added."""
     num_tokens: int
     """Slots that hold an example's token."""
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.places)
 
     @property
     def fill(self) -> float:
@@ -170,6 +175,6 @@ def _pack(batch: _Open, num_spans: int, pad_id: int) -> PackedBatch:
         end=end,
         hide_lo=hide_lo,
         hide_hi=hide_hi,
-        num_examples=len(batch.placed),
+        places=tuple((row, at, tag) for row, at, tag, _ in batch.placed),
         num_tokens=sum(batch.used),
     )

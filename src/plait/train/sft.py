@@ -9,20 +9,13 @@ Source: trie-based SFT with loss on sampled tokens only, ThreadWeaver (arXiv:251
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import random
-import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -31,13 +24,15 @@ from torch import Tensor
 from plait.errors import ModelError, RequestError
 from plait.formats import format_class
 from plait.tasks.vocabulary import TOKENIZER
-from plait.train import checkpoint
+from plait.train import checkpoint, machine
 from plait.train.config import ScheduleConfig, SFTConfig, config_from, identity, load_config, to_toml
 from plait.train.data import Source, Stream, gold_source
 from plait.train.display import Display, Say, open_display
+from plait.train.metrics import MetricsFile
 from plait.train.model import Decoder
 from plait.train.optimiser import optimisers
 from plait.train.packing import Bucket, PackedBatch, Packer
+from plait.train.tensors import inputs, spans
 from plait.train.trie import TrieBatch, flatten
 
 OnEval: TypeAlias = Callable[[Path, int], Mapping[str, Any]]
@@ -112,9 +107,9 @@ class _Run:
         source: Source | None,
         display: Display,
     ) -> None:
-        _keep_memory()
+        machine.keep_memory()
         torch.set_num_threads(config.threads)
-        self.config = config = _resolved(config)
+        self.config = config = replace(config, precision=machine.precision(config.precision))
         self.out, self.on_eval, self.display, self.say = out, on_eval, display, display.say
         self.source = source or gold_source(config.data.format, traces=config.data.traces)
         self.path, self.gguf = out / "checkpoint.pt", out / "model.gguf"
@@ -142,8 +137,7 @@ class _Run:
         self._compile()
         self.held_out = {name: self._held_out(name) for name in config.data.mixture}
         (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        self.metrics = out / "metrics.jsonl"
-        self._drop_metrics_after(self.progress.step)
+        self.metrics = MetricsFile(out / "metrics.jsonl", step=self.progress.step)
 
     def go(self, stop_after_steps: int | None) -> Outcome:
         config, progress = self.config, self.progress
@@ -151,7 +145,7 @@ class _Run:
         self.say(f"training {self.model.num_parameters:,} parameters in {config.data.format} {start}")
         speed = _Speed()
         last_save = time.monotonic()
-        with _interrupt() as interrupted:
+        with machine.interrupt() as interrupted:
             while (done := self._done()) < 1:
                 if interrupted.is_set() or (stop_after_steps is not None and progress.step >= stop_after_steps):
                     self._save()
@@ -193,7 +187,7 @@ class _Run:
         # The first batch of each shape compiles: its time says nothing about the speed.
         fresh = speed.add(batch, took, drawn - began)
         progress.seconds += took if not fresh else 0.0
-        self._write(
+        self.metrics.write(
             {
                 "step": progress.step,
                 "tokens": progress.tokens,
@@ -237,7 +231,7 @@ class _Run:
         self.say(f"step {p.step}  held out, exact traces (tokens): {shown}  [{time.monotonic() - began:.0f} s]")
         if "decoded" in self.scores:
             self.say(f"step {p.step}  decoded: {json.dumps(self.scores['decoded'])}")
-        self._write({"eval": self.scores, "step": p.step, "eval_s": round(time.monotonic() - began, 2)})
+        self.metrics.write({"eval": self.scores, "step": p.step, "eval_s": round(time.monotonic() - began, 2)})
 
     def _forced_scores(self, examples: list[TrieBatch]) -> dict[str, float]:
         """Loss, share of tokens and share of whole traces that greedy sampling would write as the gold trace does."""
@@ -245,8 +239,8 @@ class _Run:
         # Every example has another length: compiling for each would take longer than the run.
         with torch.no_grad(), self._autocast(), torch.compiler.set_stance("force_eager"):
             for batch in map(self._alone, examples):
-                ids, positions, labels, prev = _inputs(batch)
-                logits = self.model(ids, positions, self.model.biases(*_spans(batch))).float()[0]
+                ids, positions, labels, prev = inputs(batch)
+                logits = self.model(ids, positions, self.model.biases(*spans(batch))).float()[0]
                 trained = labels[0] >= 0
                 logits, labels = logits[prev[0]][trained], labels[0][trained]
                 hits = int((logits.argmax(-1) == labels).sum())
@@ -326,29 +320,17 @@ class _Run:
     def _loss(self, batch: PackedBatch) -> Tensor:
         """Mean over the trained tokens of a batch."""
         with self._autocast():
-            ids, positions, labels, prev = _inputs(batch)
-            losses = self.model.losses(ids, positions, labels, prev, self.model.biases(*_spans(batch)))
+            ids, positions, labels, prev = inputs(batch)
+            losses = self.model.losses(ids, positions, labels, prev, self.model.biases(*spans(batch)))
         return losses.sum() / batch.num_trained
 
     def _compile(self) -> None:
         if not self.config.compile:
             return
-        if shutil.which(os.environ.get("CXX", "g++")) is None:
+        if not machine.has_compiler():
             self.say("no C++ compiler: training without torch.compile, at about 0.6 of the speed")
             return
         self.model.compile_parts()
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def _drop_metrics_after(self, step: int) -> None:
-        """Forget what a crashed run wrote after its last checkpoint: those steps are done again."""
-        if not self.metrics.exists():
-            return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.metrics.write_text("".join(kept), encoding="utf-8")
 
 
 class _Speed:
@@ -387,60 +369,6 @@ class _Speed:
         if not done or not self._recent:
             return float("nan")
         return progress.tokens / done * (1 - done) / max(1e-9, self.tokens_per_s)
-
-
-def _inputs(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ids, positions, labels, prev = map(
-        torch.from_numpy, (batch.token_ids, batch.position_ids, batch.labels, batch.prev)
-    )
-    return ids, positions, labels, prev
-
-
-def _spans(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.from_numpy(batch.end), torch.from_numpy(batch.hide_lo), torch.from_numpy(batch.hide_hi)
-
-
-def _resolved(config: SFTConfig) -> SFTConfig:
-    if config.precision != "auto":
-        return config
-    has_bf16 = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
-    return replace(config, precision="bf16" if has_bf16 else "fp32")
-
-
-def _keep_memory() -> None:
-    """Let the allocator keep and reuse what a step frees; measured: 15 % faster, it was page faults.
-
-    glibc otherwise returns every large array to the system and gets it back page by page in the next step.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            mallopt(option, 2**31 - 1)
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
-
-@contextmanager
-def _interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and a polite kill set; a second Ctrl-C ends the process at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 __all__ = ["OnEval", "Outcome", "Progress", "SFTConfig", "config_from", "load_config", "to_toml", "train"]

@@ -1,0 +1,86 @@
+"""What reinforcement learning asks: a prompt, how its response is graded, what a sequential solution would cost.
+
+Prompt number n depends on the seed and n alone, so a run that goes on asks what it would have asked. Knows nothing of
+engines and models.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from plait.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question to sample rollouts for."""
+
+    family: str
+    question: str
+    """In plain words, for people."""
+    prompt_ids: tuple[int, ...]
+    grade: Callable[[str], bool]
+    """Whether a response is right; it is given what the root thread sampled, never the prompt."""
+    baseline_tokens: float | None = None
+    """Sampled tokens of a sequential solution, for rewards that compare with it."""
+    forks: bool | None = None
+    """Whether forking is the right decision; None where nobody knows."""
+
+
+PromptSource: TypeAlias = Callable[[str, random.Random, Literal["train", "held_out"]], Prompt]
+"""Draws a prompt: family name, random numbers, split."""
+
+
+class Prompts:
+    """An endless, seeded sequence of prompts from a mixture of families.
+
+    Args:
+        source: Draws a prompt of a family.
+        weights: How often each family is drawn, in any unit.
+        seed: Sequences with the same arguments are equal.
+    """
+
+    def __init__(self, source: PromptSource, *, weights: Mapping[str, float], seed: int) -> None:
+        if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+            raise RequestError(f"the mixture is {dict(weights)}; it needs a family with a weight above 0")
+        self._source, self._seed = source, seed
+        self._names, self._weights = tuple(weights), tuple(weights.values())
+
+    def __getitem__(self, number: int) -> Prompt:
+        rng = random.Random(f"rl/{self._seed}/{number}")
+        return self._source(rng.choices(self._names, self._weights)[0], rng, "train")
+
+
+def task_source(format: str) -> PromptSource:
+    """Problems of `plait.tasks`, graded exactly.
+
+    The sequential baseline of a problem is the length of its serial gold trace, in sampled tokens: what the sequential
+    twin writes where it is right.
+
+    Raises:
+        RequestError: No format has this name.
+    """
+    from plait import tasks
+    from plait.formats import open_format, render
+    from plait.models import prompt_ids
+    from plait.tasks.vocabulary import TOKENIZER
+
+    opened = open_format(format, TOKENIZER)
+
+    def draw(family: str, rng: random.Random, split: Literal["train", "held_out"]) -> Prompt:
+        problem = tasks.sample(family, rng, split)
+        ids = prompt_ids(TOKENIZER, problem.prompt)
+        serial = render(tasks.gold(problem, parallel=False), format=opened, tokenizer=TOKENIZER, prompt_ids=ids)
+        return Prompt(
+            family=family,
+            question=problem.question,
+            prompt_ids=ids,
+            grade=lambda response: tasks.grade(problem, response),
+            baseline_tokens=float(serial.num_sampled),
+            forks=problem.forks,
+        )
+
+    return draw
