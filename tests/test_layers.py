@@ -35,7 +35,7 @@ LAYERS = (
 HEAVY = {
     "torch": ("train",),
     "gguf": ("train/gguf.py",),
-    "numpy": ("engines/llamacpp", "train"),
+    "numpy": ("engines/llamacpp", "engines/torch", "engines/sampling.py", "train"),
     "rich": ("terminal", "commands", "cli.py", "train/display.py"),
     "click": ("commands", "cli.py"),
     "hypothesis": ("testing/strategies.py",),

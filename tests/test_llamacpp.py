@@ -144,7 +144,7 @@ async def fork(
 
 
 def _joined(context: Context) -> Context:
-    from plait.engines.llamacpp.cache import normalise
+    from plait.engines.calls import normalise
 
     return normalise(context)
 
@@ -416,7 +416,7 @@ async def test_a_decode_that_fails_fails_the_calls_and_nothing_else(
 
 async def test_all_engines_of_a_process_compute_in_one_thread_and_it_ends_with_them(gguf: Path) -> None:
     def threads() -> list[threading.Thread]:
-        return [t for t in threading.enumerate() if t.name == "plait-llamacpp"]
+        return [t for t in threading.enumerate() if t.name == "plait-engines"]
 
     with anyio.fail_after(5):
         async with exact(gguf) as one, exact(gguf) as other:

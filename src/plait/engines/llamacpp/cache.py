@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
-from plait.types import Context, Merge
-
-Part: TypeAlias = "tuple[int, ...] | Merge"
+from plait.engines.calls import Part
+from plait.types import Merge
 
 MIN_SPLIT = 16
 """A match that ends inside a run is used from this many tokens on. Shorter ones are mostly siblings that open alike,
@@ -28,24 +27,6 @@ class Cells(Protocol):
 
     def copy(self, source: int, target: int, start: int, end: int) -> None: ...
     def remove(self, seq: int) -> None: ...
-
-
-def normalise(context: Context) -> tuple[Part, ...]:
-    """The same context in one canonical form: no empty parts, runs joined, merges of one branch written in line."""
-    parts: list[Part] = []
-    for part in context:
-        if isinstance(part, Merge):
-            branches = [b for b in map(normalise, part.branches) if b]
-            new: Sequence[Part] = branches[0] if len(branches) == 1 else [Merge(tuple(branches))] if branches else []
-        else:
-            new = [tuple(part)] if part else []
-        for item in new:
-            last = parts[-1] if parts else None
-            if isinstance(item, tuple) and isinstance(last, tuple):
-                parts[-1] = last + item
-            else:
-                parts.append(item)
-    return tuple(parts)
 
 
 class Node:

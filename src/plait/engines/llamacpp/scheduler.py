@@ -12,18 +12,20 @@ Talks to the event loop by an inbox of messages and a `post` function; knows not
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from threading import Event
 from time import perf_counter
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
+from plait.engines import calls
+from plait.engines.calls import Delivery, Message, Part
 from plait.engines.llamacpp.binding import Decoder
-from plait.engines.llamacpp.cache import Cache, Node, Part, Seq, normalise
+from plait.engines.llamacpp.cache import Cache, Node, Seq
 from plait.engines.llamacpp.pace import Pace
-from plait.engines.llamacpp.sampling import Floats, Sampler, uniforms
+from plait.engines.sampling import Floats, Sampler
 from plait.errors import EngineError, EngineUnavailable
 from plait.types import Merge, SamplingParams, StopReason, context_cells
 
@@ -32,57 +34,18 @@ _MARGIN = 16
 """Cells left free for each live call when another is let in, so that it is not pushed out again at once."""
 
 
-class Call:
-    """One engine call, as the scheduler sees it."""
+class Call(calls.Call):
+    """One engine call, and the sequences it takes."""
 
-    __slots__ = (
-        "cells",
-        "context",
-        "draws",
-        "ends",
-        "ids",
-        "limit",
-        "logprobs",
-        "need",
-        "number",
-        "params",
-        "seen",
-        "sent",
-        "seq",
-        "user",
-    )
+    __slots__ = ("need", "seen", "seq")
 
     def __init__(self, number: int, context: tuple[Part, ...], params: SamplingParams, limit: int, user: Any) -> None:
-        self.number = number
-        """Calls count up; the youngest makes way where cells run out."""
-        self.context = context
-        self.params = params
-        self.limit = limit
-        """Tokens it may sample: `max_tokens` or what its context leaves."""
-        self.user = user
-        """Whatever the receiver of `post` needs."""
-        self.draws: Iterator[float] | None = uniforms(params.seed) if params.temperature > 0 else None
-        self.ends = frozenset((*params.stop_ids, *params.eos_ids))
-        self.ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.sent = 0
+        super().__init__(number, context, params, limit, user)
         self.seen = 0
         """How many of `ids` were in the context it was last admitted with: more than none after it was pushed out."""
         self.seq: Seq | None = None
-        self.cells = context_cells(context)
         self.need = 1 + _depth(context)
         """Sequences it may hold at once: its own, and one a level of merges whose branches must be computed again."""
-
-    def resumed(self) -> tuple[Part, ...]:
-        """Its context and what it sampled so far."""
-        return normalise((*self.context, tuple(self.ids)))
-
-    def stop(self) -> StopReason | None:
-        """Why it ends after the token sampled last, if it does."""
-        last = self.ids[-1]
-        if last in self.ends:
-            return StopReason.STOP if last in self.params.stop_ids else StopReason.EOS
-        return StopReason.LENGTH if len(self.ids) >= self.limit else None
 
 
 def _depth(parts: tuple[Part, ...]) -> int:
@@ -114,10 +77,6 @@ class Fill:
     @property
     def tokens(self) -> int:
         return context_cells(tuple(self.parts))
-
-
-Message: TypeAlias = tuple[Literal["submit", "cancel", "close"], "Call | None"]
-Delivery: TypeAlias = "tuple[Call, list[int], list[float], StopReason | None, EngineError | None]"
 
 
 class Scheduler:
@@ -355,7 +314,7 @@ class Scheduler:
             call.ids += ids
             call.logprobs += logprobs
         ended = [(call, stop) for call in self.slots if (stop := call.stop()) is not None]
-        deliveries = [self._delivery(call, stop) for call, stop in ended]
+        deliveries = [call.delivery(stop) for call, stop in ended]
         for call, stop in ended:
             self._end(call, stop)
         if ended:
@@ -365,13 +324,9 @@ class Scheduler:
         now = perf_counter()
         if now >= self._flush_at:
             self._flush_at = now + self._flush_s
-            deliveries += [self._delivery(call) for call in self.slots if len(call.ids) > call.sent]
+            deliveries += [call.delivery() for call in self.slots if len(call.ids) > call.sent]
         if deliveries:
             self._post(deliveries)
-
-    def _delivery(self, call: Call, stop: StopReason | None = None) -> Delivery:
-        sent, call.sent = call.sent, len(call.ids)
-        return call, call.ids[sent:], call.logprobs[sent:], stop, None
 
     def _end(self, call: Call, stop: StopReason) -> None:
         """Keep the sequence of a call that ended: all but its last token is computed."""
@@ -437,7 +392,7 @@ class Scheduler:
         if self._cache.used + taken <= self._decoder.cells or self._push_out():
             return
         call = self.slots[0]  # alone, and the whole cache is its own
-        self._post([self._delivery(call, StopReason.LENGTH)])
+        self._post([call.delivery(StopReason.LENGTH)])
         self._end(call, StopReason.LENGTH)
         self._arrange()
 

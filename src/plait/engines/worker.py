@@ -39,7 +39,7 @@ class Worker:
             self.wake.set()
             if not self._running:
                 self._running = True
-                threading.Thread(target=self._run, name="plait-llamacpp", daemon=True).start()
+                threading.Thread(target=self._run, name="plait-engines", daemon=True).start()
 
     def _run(self) -> None:
         while True:

@@ -1,0 +1,193 @@
+"""What engines that compute in this process have in common: their asynchronous face.
+
+It checks what is asked, hands calls to a scheduler in the worker's thread, and yields what comes back. Knows nothing
+of weights, caches and steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from itertools import count
+from typing import Any, Protocol
+
+import anyio
+import anyio.lowlevel
+
+from plait.engines.base import EngineStats
+from plait.engines.calls import Call, Delivery, Part, normalise
+from plait.engines.worker import Job
+from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError
+from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_cells, context_positions
+
+
+class Scheduler(Job, Protocol):
+    """What the face needs of an engine's scheduler."""
+
+    prefill_tokens: int
+    reused_tokens: int
+    decode_tokens: int
+    steps: int
+
+    @property
+    def active(self) -> int: ...
+    @property
+    def queued(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    def put(self, message: Any) -> None:
+        """Tell it something, from any thread: a call to submit or cancel, or to close."""
+        ...
+
+
+class Mailbox:
+    """What a call sampled, between the worker's thread and its reader."""
+
+    __slots__ = ("arrived", "error", "ids", "logprobs", "stop")
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.stop: StopReason | None = None
+        self.error: EngineError | None = None
+        self.arrived = anyio.Event()
+
+
+class InProcessEngine:
+    """Base of the engines that compute in this process. They open a scheduler on entering and free it in its thread."""
+
+    name: str
+    supports_merge = True
+    max_context: int
+    vocab_size: int
+
+    def __init__(self, *, cells: int) -> None:
+        self._cells = cells
+        self._numbers = count()
+        self._scheduler: Scheduler | None = None
+        self._stopped = anyio.Event()
+        self._closed = False
+
+    def _call(self, number: int, parts: tuple[Part, ...], params: SamplingParams, mailbox: Mailbox) -> Call:
+        """A call as its scheduler takes it.
+
+        Raises:
+            RequestError: The engine cannot take it.
+        """
+        raise NotImplementedError
+
+    def _free(self) -> None:
+        """Give back what is held before the engine is opened."""
+
+    def _check_unopened(self) -> None:
+        if self._closed or self._scheduler is not None:
+            raise EngineUnavailable(f"the {self.name} engine is opened once; make another one")
+
+    def _check_open(self) -> Any:
+        if self._scheduler is None or self._closed:
+            raise EngineUnavailable(f"the {self.name} engine is closed" if self._closed else "open the engine first")
+        return self._scheduler
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End every call and free the memory; again is fine."""
+        first, self._closed = not self._closed, True
+        if self._scheduler is None:
+            self._free()
+            return
+        if first:
+            self._scheduler.put(("close", None))
+        with anyio.CancelScope(shield=True):
+            await self._stopped.wait()
+
+    def stats(self) -> EngineStats:
+        """Counters since it was opened."""
+        s = self._scheduler
+        if s is None:
+            return EngineStats()
+        return EngineStats(
+            active=s.active,
+            queued=s.queued,
+            cached_tokens=s.cached_tokens,
+            prefill_tokens=s.prefill_tokens,
+            reused_tokens=s.reused_tokens,
+            decode_tokens=s.decode_tokens,
+            steps=s.steps,
+        )
+
+    async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+        """Continue a context. Chunks carry what was sampled since the last one, some milliseconds' worth.
+
+        Raises:
+            ContextLengthError: The context leaves no position or no cell to sample into.
+            RequestError: It is empty, ends with a merge, or holds an id that the model does not have.
+            EngineUnavailable: The engine is not open, or was closed while the call ran.
+        """
+        scheduler = self._check_open()
+        mailbox = Mailbox()
+        call = self._call(next(self._numbers), self._checked(context), params, mailbox)
+        scheduler.put(("submit", call))
+        try:
+            while True:
+                await mailbox.arrived.wait()
+                mailbox.arrived = anyio.Event()
+                if mailbox.error is not None:
+                    raise mailbox.error
+                chunk = Chunk(token_ids=tuple(mailbox.ids), logprobs=tuple(mailbox.logprobs), stop=mailbox.stop)
+                mailbox.ids, mailbox.logprobs = [], []
+                yield chunk
+                if chunk.stop is not None:
+                    return
+        finally:
+            if mailbox.stop is None and mailbox.error is None:
+                scheduler.put(("cancel", call))
+
+    def _checked(self, context: Context) -> tuple[Part, ...]:
+        parts = normalise(context)
+        if not parts or isinstance(parts[-1], Merge):
+            raise RequestError(
+                "a context must end with at least one token id" + (", also after a merge" if parts else "")
+            )
+        positions, cells = context_positions(parts), context_cells(parts)
+        if positions + 1 > self.max_context:
+            raise ContextLengthError(
+                f"the context has {positions} positions; with one to sample, {self.max_context} fit"
+            )
+        if cells + 1 > self._cells:
+            raise ContextLengthError(f"the context holds {cells} tokens in memory; the engine has {self._cells} cells")
+        _check_ids(parts, self.vocab_size)
+        return parts
+
+
+def _check_ids(parts: Context, vocab_size: int) -> None:
+    for part in parts:
+        if isinstance(part, Merge):
+            for branch in part.branches:
+                _check_ids(branch, vocab_size)
+        elif min(part) < 0 or max(part) >= vocab_size:
+            bad = next(i for i in part if not 0 <= i < vocab_size)
+            raise RequestError(f"token id {bad} is not in the vocabulary; ids go from 0 to {vocab_size - 1}")
+
+
+def poster() -> Callable[..., None]:
+    """The running event loop's way to be called from another thread without waiting for it."""
+    loop: Any = anyio.lowlevel.current_token().native_token
+    call = loop.run_sync_soon if hasattr(loop, "run_sync_soon") else loop.call_soon_threadsafe
+
+    def post(function: Callable[..., object], *args: object) -> None:
+        with suppress(RuntimeError):  # the loop is gone, and everybody who waited with it
+            call(function, *args)
+
+    return post
+
+
+def deliver(deliveries: list[Delivery]) -> None:
+    """On the event loop: put what was sampled into the mailboxes."""
+    for call, ids, logprobs, stop, error in deliveries:
+        mailbox: Mailbox = call.user
+        mailbox.ids += ids
+        mailbox.logprobs += logprobs
+        mailbox.stop, mailbox.error = stop, error
+        mailbox.arrived.set()
