@@ -14,7 +14,7 @@ from plait import tasks
 from plait.errors import RequestError
 from plait.formats import Block, open_format, render
 from plait.tasks.notation import canonical, parse_expression
-from plait.tasks.vocabulary import TOKENIZER
+from plait.tasks.vocabulary import TOKENIZER, WIDE
 from plait.tasks.worked import FORK_MARGIN
 
 families = st.sampled_from(sorted(tasks.FAMILIES))
@@ -242,3 +242,60 @@ def test_an_unknown_family_names_the_nearest() -> None:
 def test_expressions_keep_their_nesting() -> None:
     assert str(parse_expression("((1+2)*3+4)*5")).count("Product") == 2
     assert canonical(" 3  *  4 ") == "3*4?"
+
+
+HARDER = [
+    ("product", {"factors": [5, 8], "up_to": 1000}),
+    ("countdown", {"numbers": [0, 0, 0, 1], "up_to": 50}),
+    ("long_multiplication", {"first": [0, 0, 0, 0, 0, 0, 1], "second": [0, 0, 0, 0, 0, 0, 1]}),
+    ("expression", {"terms": [0, 0, 0, 0, 0, 1], "brackets": 1.0}),
+    ("bundle", {"questions": [0, 0, 0, 0, 0, 1]}),
+    ("control", {"steps": [6, 8]}),
+]
+
+
+@pytest.mark.parametrize(("name", "knobs"), HARDER)
+def test_knobs_make_harder_problems_whose_gold_solutions_are_right(name: str, knobs: dict[str, object]) -> None:
+    chosen = tasks.family(name, knobs)
+    for problem in islice(tasks.problems(chosen, seed=3, split="train"), 8):
+        for parallel in (True, False):
+            solution = tasks.gold(problem, parallel=parallel)
+            assert tasks.grade(problem, text_of(solution))
+            opened = open_format("multiverse" if parallel else "sequential", WIDE)
+            ids = (*WIDE.bos_ids, *WIDE.encode(tasks.spelled(problem.prompt)))
+            render(solution, format=opened, tokenizer=WIDE, prompt_ids=ids)
+    with pytest.raises(RequestError, match="outside the trained range"):
+        tasks.parse(problem.question)
+
+
+def test_a_product_of_eight_factors_is_reduced_by_a_tree_of_blocks() -> None:
+    problem = next(tasks.problems(tasks.family("product", {"factors": [8, 8]}), seed=1, split="train"))
+    blocks = [part for part in tasks.gold(problem, parallel=True) if isinstance(part, Block)]
+    assert len(blocks) == 3
+    assert len(blocks[0].threads) > len(blocks[1].threads)
+
+
+def test_four_numbers_are_searched_to_the_end_or_to_the_first_hit() -> None:
+    chosen = tasks.family("countdown", {"numbers": [0, 0, 0, 1]})
+    for problem in islice(tasks.problems(chosen, seed=5, split="train"), 6):
+        (block, _) = tasks.gold(problem, parallel=True)
+        assert isinstance(block, Block)
+        assert len(block.threads) == 6
+        for thread in block.threads:
+            text = text_of(thread)
+            assert text.endswith(("!", "none"))
+            assert text.count("!") == text.endswith("!")
+        assert any(text_of(t).endswith("!") for t in block.threads) == (problem.answer != "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "reason"),
+    [
+        ("product", {"factor": [5, 8]}, "did you mean 'factors'"),
+        ("product", {"factors": [8, 5]}, "product cannot be drawn with"),
+        ("countdown", {"numbers": "three"}, "countdown cannot be drawn with"),
+    ],
+)
+def test_a_knob_that_is_not_there_or_cannot_be_is_refused(name: str, knobs: dict[str, object], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        tasks.family(name, knobs)

@@ -97,6 +97,9 @@ def main() -> None:
 _MODEL = click.option("--model", metavar="NAME|PATH", help="Embedded model, or a GGUF of `plait train`.")
 _ENGINE = click.option("--engine", metavar="NAME", help="llamacpp, or scripted: gold traces, no model.")
 _TWIN = click.option("--twin", metavar="NAME|PATH", help="The twin, where it is not the model's own.")
+_KNOBS = click.option(
+    "--set", "settings", multiple=True, metavar="FAMILY.KNOB=VALUE", help="Draw other problems; see `plait tasks NAME`."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -179,6 +182,7 @@ With --out each result is written at once, and the same command goes on later.
 @click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="At once; default 16, with --compare 1.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Which problems are drawn.")
 @click.option("--split", type=click.Choice(["held_out", "train"]), default="held_out", show_default=True)
+@_KNOBS
 def evaluate(families: str, **options: Any) -> int:
     from plait.commands.evaluate import Options, evaluation
 
@@ -244,6 +248,43 @@ def sft(config: str, **options: Any) -> int:
     return train_sft(config, **options)
 
 
+@main.command(
+    help=_lines("""
+Serve models over HTTP, as OpenAI's clients speak it (needs `pip install 'plait[serve]'`).
+
+plait serve                                  the embedded model, on http://127.0.0.1:8000
+plait serve --new-key alice                  print a key, and the entry for --api-key-file
+plait serve --config serve.toml --print-config
+
+Settings come from flags, then PLAIT_* variables, then the file: docs/serving.md lists them.
+SIGTERM lets running requests end; a second one does not.
+""")
+)
+@click.option("--host", metavar="ADDRESS", help="Default 127.0.0.1.")
+@click.option("--port", type=int, metavar="N", help="Default 8000; 0: any free one.")
+@click.option(
+    "--model", "models", multiple=True, metavar="NAME|PATH", help="May be repeated; the first is the default."
+)
+@_ENGINE
+@click.option("--api-key-file", metavar="FILE", help="Entries of --new-key, one a line.")
+@click.option("--allow-anonymous", is_flag=True, default=None, help="No keys on an address that others reach.")
+@click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="A name of this server; *: any.")
+@click.option("--max-threads", type=int, metavar="N", help="Threads that sample at once; default 32.")
+@click.option("--max-requests", type=int, metavar="N", help="Requests at once, waiting ones too; default 256.")
+@click.option("--drain-s", type=float, metavar="S", help="For what runs, after SIGTERM; default 30.")
+@click.option("--log", metavar="KIND", help="json, plain or off.")
+@click.option("--config", type=click.Path(dir_okay=False), metavar="FILE", help="Settings as TOML.")
+@click.option("--print-config", is_flag=True, help="Print what all settings come to, and stop.")
+@click.option("--new-key", metavar="NAME", help="Print a fresh API key and its entry, and stop.")
+def serve(new_key: str | None, config: str | None, print_config: bool, **flags: Any) -> int:
+    from plait.commands.serve import key
+    from plait.commands.serve import serve as run
+
+    if new_key is not None:
+        return key(new_key)
+    return run(flags, config=config, print_config=print_config)
+
+
 @main.command(help="List the embedded models, or describe one.")
 @click.argument("name", required=False)
 @_JSON
@@ -265,17 +306,19 @@ def formats(as_json: bool) -> int:
     help=_lines("""
 List the problem families: what can be asked.
 
-plait tasks countdown --sample 2       examples with their gold traces
+plait tasks countdown --sample 2       its knobs, and examples with their gold traces
+plait tasks product --set product.factors=[5,8] --sample 1
 """)
 )
 @click.argument("family", required=False)
 @click.option("--sample", type=click.IntRange(min=0), default=0, metavar="N", help="Examples with gold traces.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Which examples.")
+@_KNOBS
 @_JSON
-def tasks(family: str | None, sample: int, seed: int, as_json: bool) -> int:
+def tasks(family: str | None, **options: Any) -> int:
     from plait.commands.lists import families
 
-    return families(as_json=as_json, sample=sample, seed=seed, family=family)
+    return families(family=family, **options)
 
 
 if __name__ == "__main__":

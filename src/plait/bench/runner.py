@@ -22,7 +22,7 @@ from plait.errors import LogError, RequestError
 from plait.formats.base import TrajectoryFormat
 from plait.models import Model, load_model, prompt_ids, response_text
 from plait.session import open_run
-from plait.tasks import Problem, Split
+from plait.tasks import Family, Problem, Split
 from plait.tokenizer import FixedTokenizer
 from plait.types import Budget, Request, StopReason
 
@@ -72,13 +72,13 @@ class Record:
 OnRecord = Callable[[Record], None]
 
 
-def problems(families: Sequence[str], n: int, *, seed: int = 0, split: Split = "held_out") -> list[Problem]:
+def problems(families: Sequence[str | Family], n: int, *, seed: int = 0, split: Split = "held_out") -> list[Problem]:
     """Up to n distinct problems of each family, families in turn so that a run cut short has some of each."""
     drawn = [_distinct(family, n, seed, split) for family in families]
     return [problem for row in itertools.zip_longest(*drawn) for problem in row if problem is not None]
 
 
-def _distinct(family: str, n: int, seed: int, split: Split) -> list[Problem]:
+def _distinct(family: str | Family, n: int, seed: int, split: Split) -> list[Problem]:
     seen: dict[str, Problem] = {}
     # A small family may hold fewer than n problems.
     for problem in itertools.islice(tasks.problems(family, seed=seed, split=split), 50 * n):
@@ -176,7 +176,7 @@ async def compare(
 def evaluate_gguf(
     path: str | Path,
     *,
-    families: Sequence[str] | None = None,
+    families: Sequence[str | Family] | None = None,
     n: int = 50,
     concurrency: int = 16,
     seed: int = 0,

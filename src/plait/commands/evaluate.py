@@ -18,6 +18,7 @@ from plait.bench import Record, RecordFile, compare, evaluate, problems, read_re
 from plait.bench.report import report
 from plait.bench.runner import by_model, engine_options
 from plait.commands.choosing import Choice, choose, choose_twin
+from plait.commands.settings import with_knobs
 from plait.errors import RequestError
 from plait.tasks import Problem, Split
 from plait.terminal.truth import wall
@@ -41,6 +42,8 @@ class Options:
     seed: int = 0
     split: Split = "held_out"
     budget: Budget = field(default_factory=Budget)
+    settings: Sequence[str] = ()
+    """Knobs of the families, `family.knob=value`."""
 
 
 def evaluation(options: Options) -> int:
@@ -55,7 +58,7 @@ def evaluation(options: Options) -> int:
     choice = choose(options.model, engine=options.engine)
     twin = choose_twin(choice, options.twin) if options.compare else None
     families = _families(options.families, choice)
-    drawn = problems(families, options.n, seed=options.seed, split=options.split)
+    drawn = problems(with_knobs(families, options.settings), options.n, seed=options.seed, split=options.split)
     concurrency = 1 if twin else options.concurrency or 16
     earlier = read_records(options.out) if options.out else []
     sides = [side for side in (choice, twin) if side is not None]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from plait import tasks
 from plait.commands.choosing import GOLD
+from plait.commands.settings import with_knobs
 from plait.errors import ModelError
 from plait.formats import FORMATS, format_class, open_format, render
 from plait.models import DEFAULT, NAMES, Model, load_model, prompt_ids
-from plait.tasks.vocabulary import TOKENIZER
+from plait.tasks.vocabulary import WIDE
 from plait.terminal.plain import plain_lines
 from plait.terminal.reading import Reader
 
@@ -76,22 +79,33 @@ def formats(*, as_json: bool = False) -> int:
     return 0
 
 
-def families(*, as_json: bool = False, sample: int = 0, seed: int = 0, family: str | None = None) -> int:
-    """List the problem families, with examples and their gold traces on request.
+def families(
+    *,
+    as_json: bool = False,
+    sample: int = 0,
+    seed: int = 0,
+    family: str | None = None,
+    settings: Sequence[str] = (),
+) -> int:
+    """List the problem families; for one of them its knobs, for each examples and their gold traces on request.
 
     Raises:
-        RequestError: No family has this name.
+        RequestError: No family has this name, or it has not such a knob.
     """
-    chosen = [tasks.family(family)] if family else list(tasks.FAMILIES.values())
-    drawn = {
-        f.name: list(itertools.islice(tasks.problems(f.name, seed=seed, split="held_out"), sample)) for f in chosen
-    }
+    chosen = with_knobs([family] if family else list(tasks.FAMILIES), settings)
+    drawn = {f.name: list(itertools.islice(tasks.problems(f, seed=seed, split="held_out"), sample)) for f in chosen}
     if as_json:
-        rows = [{"name": f.name, "about": f.about, "sample": [_plain(p) for p in drawn[f.name]]} for f in chosen]
+        rows = [
+            {"name": f.name, "about": f.about, "knobs": _knobs(f), "sample": [_plain(p) for p in drawn[f.name]]}
+            for f in chosen
+        ]
         print(json.dumps(rows))
         return 0
     for f in chosen:
         print(f"{f.name}\n  {f.about}")
+        if family:
+            for knob, value in _knobs(f).items():
+                print(f"  --set {f.name}.{knob}={json.dumps(value)}")
         for problem in drawn[f.name]:
             print()
             for line in _example(problem):
@@ -99,6 +113,11 @@ def families(*, as_json: bool = False, sample: int = 0, seed: int = 0, family: s
         if sample:
             print()
     return 0
+
+
+def _knobs(family: tasks.Family) -> dict[str, Any]:
+    """What its problems are drawn from."""
+    return {f.name: getattr(family, f.name) for f in fields(family)}
 
 
 def _plain(problem: tasks.Problem) -> dict[str, Any]:
@@ -112,7 +131,7 @@ def _plain(problem: tasks.Problem) -> dict[str, Any]:
 
 
 def _example(problem: tasks.Problem) -> list[str]:
-    format = open_format("multiverse", TOKENIZER)
-    ids = prompt_ids(TOKENIZER, problem.prompt)
-    tree = render(tasks.gold(problem, parallel=True), format=format, tokenizer=TOKENIZER, prompt_ids=ids)
-    return [problem.question, *(f"  {line}" for line in plain_lines(tree, Reader(TOKENIZER, format)))]
+    format = open_format("multiverse", WIDE)
+    ids = prompt_ids(WIDE, problem.prompt)
+    tree = render(tasks.gold(problem, parallel=True), format=format, tokenizer=WIDE, prompt_ids=ids)
+    return [problem.question, *(f"  {line}" for line in plain_lines(tree, Reader(WIDE, format)))]

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait import tasks
+from plait.commands.settings import overrides
 from plait.errors import PlaitError, RequestError
 
 
@@ -46,13 +48,14 @@ def train_sft(
         print(sft.to_toml(resolved), end="")
         return 0
     folder = Path(out) if out else Path("runs") / Path(config).stem
-    families = [name for name, weight in resolved.data.mixture.items() if weight > 0]
+    data = resolved.data
+    families = [tasks.family(name, data.knobs.get(name)) for name, weight in data.mixture.items() if weight > 0]
     outcome = sft.train(resolved, out=folder, resume=resume, on_eval=_scorer(families, decode) if decode else None)
     print(f"{'finished' if outcome.finished else 'interrupted'}: {outcome.gguf}")
     return 0 if outcome.finished else 130
 
 
-def _scorer(families: Sequence[str], n: int) -> Any:
+def _scorer(families: Sequence[tasks.Family], n: int) -> Any:
     def score(path: Path, step: int) -> Mapping[str, Any]:
         from plait.bench import evaluate_gguf
 
@@ -64,26 +67,3 @@ def _scorer(families: Sequence[str], n: int) -> Any:
             return {}
 
     return score
-
-
-def overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """Values by dotted name.
-
-    >>> overrides(["schedule.tokens=1000", "data.format=threadweaver"])
-    {'schedule.tokens': 1000, 'data.format': 'threadweaver'}
-
-    Raises:
-        RequestError: One is not `section.key=value`.
-    """
-    import tomllib
-
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals or not name.strip():
-            raise RequestError(f"{setting!r} is not of the form section.key=value")
-        try:
-            values[name.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[name.strip()] = text.strip()
-    return values

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any, Literal
 
 from plait.errors import RequestError, nearest
 from plait.formats.base import Trajectory
@@ -25,15 +26,36 @@ Split = Literal["train", "held_out"]
 _ANSWER = "Answer: "
 
 
-def family(name: str) -> Family:
+def family(name: str, knobs: Mapping[str, Any] | None = None) -> Family:
     """A family by name.
 
+    Args:
+        name: One of `FAMILIES`.
+        knobs: What its problems are drawn from, by the names of its fields; by default the range that the embedded
+            model was trained on.
+
     Raises:
-        RequestError: No family has this name.
+        RequestError: No family has this name, or it has no such knob or not with such a value.
     """
     if name not in FAMILIES:
         raise nearest(name, list(FAMILIES), "family")
-    return FAMILIES[name]
+    if not knobs:
+        return FAMILIES[name]
+    known_knobs = [f.name for f in fields(FAMILIES[name])]
+    for knob in knobs:
+        if knob not in known_knobs:
+            raise nearest(knob, known_knobs, f"knob of {name}")
+    chosen = replace(FAMILIES[name], **{knob: _tuples(value) for knob, value in knobs.items()})
+    try:
+        for seed in range(8):
+            chosen.sample(random.Random(seed))
+    except (TypeError, ValueError, IndexError) as exc:
+        raise RequestError(f"{name} cannot be drawn with {dict(knobs)}: {exc}") from exc
+    return chosen
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def held_out(prompt: str) -> bool:
@@ -41,20 +63,21 @@ def held_out(prompt: str) -> bool:
     return hashlib.md5(prompt.encode()).digest()[0] < 13
 
 
-def sample(name: str, rng: random.Random, split: Split) -> Problem:
-    """Draw a problem of a family from one side of the split."""
-    chosen = family(name)
+def sample(chosen: str | Family, rng: random.Random, split: Split) -> Problem:
+    """Draw a problem of a family, given by name or with its knobs set, from one side of the split."""
+    chosen = family(chosen) if isinstance(chosen, str) else chosen
     while True:
         problem = chosen.sample(rng)
         if held_out(problem.prompt) == (split == "held_out"):
             return problem
 
 
-def problems(name: str, *, seed: int, split: Split) -> Iterator[Problem]:
+def problems(chosen: str | Family, *, seed: int, split: Split) -> Iterator[Problem]:
     """An endless stream of draws, the same for the same seed; small families repeat."""
-    rng = random.Random(f"{name}/{split}/{seed}")
+    chosen = family(chosen) if isinstance(chosen, str) else chosen
+    rng = random.Random(f"{chosen.name}/{split}/{seed}")
     while True:
-        yield sample(name, rng, split)
+        yield sample(chosen, rng, split)
 
 
 def parse(question: str) -> Problem:

@@ -3,14 +3,14 @@
 Every problem has one canonical prompt, an exact grader, and two gold solutions of the same work: `serial` on one
 line, and `parallel` with blocks of threads. Forking is right where the parallel one has the shorter critical path
 by a stated margin (`worked.FORK_MARGIN`), counted on what is written when it is decided (digit counts); Countdown forks
-whenever there are three numbers.
+whenever there are more than two numbers.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from plait.formats.base import Trajectory
 
@@ -33,14 +33,15 @@ class Problem:
 
 
 class Family(Protocol):
-    """One family of problems."""
+    """One family of problems: a frozen dataclass whose fields are its difficulty knobs, by default as trained."""
 
-    name: str
-    about: str
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    name: ClassVar[str]
+    about: ClassVar[str]
     """One line: the range that is trained and what a question looks like."""
 
     def sample(self, rng: random.Random) -> Problem:
-        """Draw a problem from the advertised range, train and held-out alike."""
+        """Draw a problem from the range that the knobs say, train and held-out alike."""
         ...
 
     def parse(self, text: str) -> Problem | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from plait.errors import RequestError
 from plait.formats.base import Block, Trajectory
@@ -12,17 +15,23 @@ from plait.tasks.terms import Term, as_term, number
 from plait.tasks.worked import answer, block_cost, worth
 
 
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
-    name = "bundle"
-    about = (
+    name: ClassVar = "bundle"
+    about: ClassVar = (
         "2 to 4 questions at once: products of 3 x 2, 2 x 3 or (up to three questions) 3 x 3 digits, the same for all, "
         "where two numbers in brackets may stand for the first; short ones in between: sums of two numbers of up to 3 "
         "digits, numbers of up to 2 digits times one digit: What is 347 * 52, 88 + 977 and 612 * 34?"
     )
 
+    questions: Sequence[float] = (0, 15, 25, 60)
+    """How often there are 1, 2, 3, ... questions; at least 2."""
+    kinds: Sequence[float] = (82, 5, 13)
+    """How often they are all long, mixed, and all short."""
+
     def sample(self, rng: random.Random) -> Problem:
-        (num_questions,) = rng.choices((2, 3, 4), (15, 25, 60))
-        kind = rng.choices(("long", "mixed", "short"), (82, 5, 13))[0]
+        (num_questions,) = rng.choices(range(1, len(self.questions) + 1), self.questions)
+        kind = rng.choices(("long", "mixed", "short"), self.kinds)[0]
         size = rng.choice(((3, 2), (3, 2), (2, 3)) if num_questions == 4 else ((3, 2), (2, 3), (3, 3)))
         return self._problem(tuple(self._question(rng, kind, size) for _ in range(num_questions)))
 

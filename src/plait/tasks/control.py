@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from plait.errors import RequestError
 from plait.formats.base import Trajectory
@@ -15,12 +17,16 @@ from plait.tasks.worked import Products, add, answer, found
 _MAX_VALUE = 99_999
 
 
+@dataclass(frozen=True, kw_only=True)
 class Control:
-    name = "control"
-    about = (
+    name: ClassVar = "control"
+    about: ClassVar = (
         "sums of 2 to 4 numbers of up to 4 digits (0 and 1 left out everywhere), a number of up to 4 digits times one "
         "digit, and chains of 2 to 5 such steps where each needs the last: What is ((47 + 36) * 3 + 58) * 2?"
     )
+
+    steps: tuple[int, int] = (2, 5)
+    """Fewest and most steps of a chain."""
 
     def sample(self, rng: random.Random) -> Problem:
         kind = rng.choice(("sum", "product", "chain", "chain"))
@@ -34,13 +40,13 @@ class Control:
     def _chain(self, rng: random.Random) -> str:
         value = number(rng, rng.choice((1, 2, 2, 3)))
         text, last = str(value), "*"
-        steps = rng.randint(2, 5)
+        steps = rng.randint(*self.steps)
         signs = self._signs(rng, steps)
         for sign in signs:
             operand = number(rng, 1 if sign == "*" else rng.choice((1, 2, 3)))
             text = f"({text})*{operand}" if sign == "*" and last == "+" else f"{text}{sign}{operand}"
             last = sign
-        if parsed := self._steps(parse_expression(text)):
+        if parsed := self._parsed(parse_expression(text)):
             return text if max(parsed[1]) <= _MAX_VALUE else self._chain(rng)
         raise AssertionError(f"not a chain: {text}")
 
@@ -49,7 +55,7 @@ class Control:
         first = rng.choice("+*")
         return [first if i % 2 == 0 else "*+"[first == "*"] for i in range(steps)]
 
-    def _steps(self, expression: Expression) -> tuple[list[tuple[str, tuple[int, ...]]], list[int]] | None:
+    def _parsed(self, expression: Expression) -> tuple[list[tuple[str, tuple[int, ...]]], list[int]] | None:
         """The steps of a chain, innermost first, and the value after each; None where it is no chain."""
         match expression:
             case int(value):
@@ -60,7 +66,7 @@ class Control:
                 inner, operands, sign = first, (digit,), "*"
             case _:
                 return None
-        done = self._steps(inner)
+        done = self._parsed(inner)
         if done is None:
             return None
         steps, values = done
@@ -68,7 +74,7 @@ class Control:
         return [*steps, (sign, operands)], [*values, value]
 
     def _problem(self, text: str) -> Problem:
-        parsed = self._steps(parse_expression(text))
+        parsed = self._parsed(parse_expression(text))
         assert parsed is not None, f"not a chain: {text}"
         return Problem(
             family=self.name,
@@ -80,7 +86,7 @@ class Control:
         )
 
     def parse(self, text: str) -> Problem | None:
-        parsed = self._steps(parse_expression(text.rstrip("?"))) if ";" not in text else None
+        parsed = self._parsed(parse_expression(text.rstrip("?"))) if ";" not in text else None
         if parsed is None or not parsed[0]:
             return None
         steps, values = parsed
@@ -102,7 +108,7 @@ class Control:
         return answer == problem.answer
 
     def serial(self, problem: Problem) -> Trajectory:
-        parsed = self._steps(parse_expression(problem.prompt.rstrip("?")))
+        parsed = self._parsed(parse_expression(problem.prompt.rstrip("?")))
         assert parsed is not None
         steps, values = parsed
         lines: list[str] = []

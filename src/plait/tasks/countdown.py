@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
+from typing import ClassVar
 
 from plait.errors import RequestError
 from plait.formats.base import Block, Trajectory
@@ -23,16 +26,22 @@ MAX_NUMBER, MAX_TARGET = 25, 99
 _EQUATION = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Countdown:
-    name = "countdown"
-    about = (
+    name: ClassVar = "countdown"
+    about: ClassVar = (
         f"two or three numbers up to {MAX_NUMBER} and a target up to {MAX_TARGET}, all numbers used once, results from "
         f"1 to {MAX_TARGET}, nothing times or over 1: Use 3, 7 and 25 to make 54"
     )
 
+    numbers: Sequence[float] = (0, 15, 85)
+    """How often there are 1, 2, 3, ... numbers; at least 2."""
+    up_to: int = MAX_NUMBER
+    """The largest number."""
+
     def sample(self, rng: random.Random) -> Problem:
-        (count,) = rng.choices((2, 3), (15, 85))
-        numbers = tuple(sorted((rng.randint(2, MAX_NUMBER) for _ in range(count)), reverse=True))
+        (count,) = rng.choices(range(1, len(self.numbers) + 1), self.numbers)
+        numbers = tuple(sorted((rng.randint(2, self.up_to) for _ in range(count)), reverse=True))
         # Few targets can be made: half of the draws take one that can.
         reachable = sorted({value for value, _ in _all(numbers)})
         while True:
@@ -48,7 +57,7 @@ class Countdown:
             prompt=f"{','.join(map(str, numbers))}>{target}?",
             question=f"Use {spoken} to make {target}",
             answer=solution,
-            forks=len(numbers) == 3,
+            forks=len(numbers) > 2,
             shape={"numbers": len(numbers), "solvable": solution != "none"},
         )
 
@@ -153,33 +162,46 @@ def _only_through_one(numbers: tuple[int, ...], target: int) -> bool:
 
 def _all(numbers: tuple[int, ...], *, ones: bool = False) -> list[tuple[int, str]]:
     """Every value that can be made, with its equations, in the order of the gold search."""
+    if len(numbers) == 2:
+        return [(value, text) for text, value in _moves(*numbers, ones=ones)]
     out: list[tuple[int, str]] = []
     for pair in _pairs(numbers):
-        rest = _without(numbers, pair)
         for text, value in _moves(*pair, ones=ones):
-            if not rest:
-                out.append((value, text))
-            else:
-                out += [(end, f"{text},{last}") for last, end in _moves(value, rest[0], ones=ones)]
+            left = _left(value, _without(numbers, pair))
+            out += [(end, f"{text},{rest}") for end, rest in _all(left, ones=ones)]
     return out
+
+
+def _left(value: int, rest: list[int]) -> tuple[int, ...]:
+    """The numbers after a move, largest first."""
+    return tuple(sorted((value, *rest), reverse=True))
 
 
 def _search(pair: tuple[int, int], rest: list[int], target: int) -> str:
     """One thread: every move on the pair, each with every move on what is left; `!` at success, else `none`."""
-    tried: list[str] = []
+    tried = _tried(pair, rest, target)
+    return (";" if rest else "").join(tried if tried and tried[-1].endswith("!") else [*tried, "none"])
+
+
+def _tried(pair: tuple[int, int], rest: list[int], target: int) -> list[str]:
+    """What comes of each move on the pair, up to the first success."""
+    out: list[str] = []
     for text, value in _moves(*pair):
         if not rest:
-            tried.append(text + _verdict(value, target))
-            if value == target:
-                return "".join(tried)
-            continue
-        followed = f"{text}:"
-        for last, end in _moves(value, rest[0]):
-            followed += last + _verdict(end, target)
-            if end == target:
-                return ";".join([*tried, followed])
-        tried.append(followed)
-    return (";" if rest else "").join([*tried, "none"])
+            out.append(text + _verdict(value, target))
+        elif len(rest) == 1:
+            out.append(f"{text}:{''.join(_tried((value, rest[0]), [], target))}")
+        else:
+            numbers, inner = _left(value, rest), list[str]()
+            for next_pair in _pairs(numbers):
+                inner += _tried(next_pair, _without(numbers, next_pair), target)
+                if inner and inner[-1].endswith("!"):
+                    break
+            out.append(f"{text}({';'.join(inner)}")
+            out[-1] += "" if out[-1].endswith("!") else ")"
+        if out[-1].endswith("!"):
+            break
+    return out
 
 
 def _verdict(value: int, target: int) -> str:

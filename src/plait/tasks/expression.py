@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from plait.errors import RequestError
 from plait.formats.base import Block, Trajectory
@@ -12,21 +15,29 @@ from plait.tasks.terms import Term, as_term, number
 from plait.tasks.worked import answer, answer_cost, block_cost, columns, columns_cost, worth
 
 
+@dataclass(frozen=True, kw_only=True)
 class Expression:
-    name = "expression"
-    about = (
+    name: ClassVar = "expression"
+    about: ClassVar = (
         "a sum of 2 to 4 terms, each a number times one of up to 2 digits, where two numbers in brackets may stand for "
         "one; the numbers all have 2 or all have 3 digits, or up to 2 where every factor has one: "
         "What is 34 * 27 + (58 + 61) * 16 + 90 * 41?"
     )
 
+    terms: Sequence[float] = (0, 13, 25, 62)
+    """How often there are 1, 2, 3, ... terms; at least 2."""
+    digits: Sequence[Sequence[int]] = ((1, 1, 2), (2,), (2,), (3,), (3,), (3,))
+    """Kinds of problems: digits that the numbers of one may have."""
+    brackets: float = 0.15
+    """Share of terms with two numbers in brackets."""
+
     def sample(self, rng: random.Random) -> Problem:
-        (num_terms,) = rng.choices((2, 3, 4), (13, 25, 62))
-        digits = rng.choice(((1, 1, 2), (2,), (2,), (3,), (3,), (3,)))
+        (num_terms,) = rng.choices(range(1, len(self.terms) + 1), self.terms)
+        digits = rng.choice(self.digits)
         return self._problem(tuple(self._term(rng, digits) for _ in range(num_terms)))
 
-    def _term(self, rng: random.Random, digits: tuple[int, ...]) -> Term:
-        num_addends = 2 if rng.random() < 0.15 else 1
+    def _term(self, rng: random.Random, digits: Sequence[int]) -> Term:
+        num_addends = 2 if rng.random() < self.brackets else 1
         addends = tuple(number(rng, rng.choice(digits)) for _ in range(num_addends))
         return Term(addends, number(rng, 1 if digits[0] == 1 or rng.random() < 0.05 else 2))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from plait.errors import RequestError
 from plait.formats.base import Trajectory
@@ -11,18 +14,23 @@ from plait.tasks.notation import Product, parse_expression
 from plait.tasks.terms import number
 from plait.tasks.worked import Products, answer
 
-_DIGITS_A = {1: 4, 2: 8, 3: 18, 4: 35, 5: 35}
-_DIGITS_B = {2: 11, 3: 12, 4: 32, 5: 45}
 
-
+@dataclass(frozen=True, kw_only=True)
 class LongMultiplication:
-    name = "long_multiplication"
-    about = "a product of two numbers, 1 to 5 digits times 2 to 5 digits: What is 347 * 526?"
+    name: ClassVar = "long_multiplication"
+    about: ClassVar = "a product of two numbers, 1 to 5 digits times 2 to 5 digits: What is 347 * 526?"
+
+    first: Sequence[float] = (4, 8, 18, 35, 35)
+    """How often the first number has 1, 2, 3, ... digits."""
+    second: Sequence[float] = (0, 11, 12, 32, 45)
+    """The same of the second number; at least 2."""
+    zeros: float = 0.2
+    """Share of problems whose second number has zeros inside: rows that disappear."""
 
     def sample(self, rng: random.Random) -> Problem:
-        (la,), (lb,) = (rng.choices(list(d), list(d.values())) for d in (_DIGITS_A, _DIGITS_B))
+        (la,), (lb,) = (rng.choices(range(1, len(w) + 1), w) for w in (self.first, self.second))
         a, digits = number(rng, la), [int(d) for d in str(number(rng, lb))]
-        if rng.random() < 0.2:
+        if rng.random() < self.zeros:
             # Zeros make rows disappear: the boundary is not the number of visible digits.
             for i in rng.sample(range(1, lb), rng.randint(1, lb - 1)):
                 digits[i] = 0

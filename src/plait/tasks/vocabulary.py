@@ -1,7 +1,7 @@
 """The vocabulary of the models that Plait trains itself: single digits, signs, place letters, a few
 words, and the control tokens.
 
-Digits are ids 0-9. Texts are what `decode` prints. Control tokens of every format are here, so that one vocabulary
+Digits are ids 0-9. Texts are what `decode` prints. Control tokens of several formats are here, so that one vocabulary
 serves all of them; a model knows those it was trained on.
 """
 
@@ -14,7 +14,7 @@ WORDS = (
     *"0123456789",
     *"+-*/=()",
     *",;?:~!<>",
-    *PLACES,
+    *PLACES[:12],
     " ",
     "\n",
     ": ",
@@ -49,3 +49,9 @@ SIZE = 64
 _RESERVED = tuple(f"<reserved{i}>" for i in range(SIZE - len(WORDS) - len(CONTROL)))
 
 TOKENIZER = FixedTokenizer((*WORDS, *CONTROL, *_RESERVED), control=(*CONTROL, *_RESERVED), bos="<bos>", eos="<eos>")
+"""The embedded models'."""
+
+WIDE = FixedTokenizer((*TOKENIZER.tokens, *PLACES[12:]), control=(*CONTROL, *_RESERVED), bos="<bos>", eos="<eos>")
+"""The same ids, and letters for numbers of up to 24 digits: for problems that need a larger machine."""
+
+TOKENIZERS = {"compact": TOKENIZER, "wide": WIDE}

@@ -18,7 +18,8 @@ FORK_MARGIN = 0.25
 """Forking is right where it shortens the critical path by at least this share: threads cost total tokens too."""
 
 
-PLACES = "abcdefghijkl"
+PLACES = "abcdefghijklmnopqrstuvwx"
+"""A letter a place; the embedded vocabulary has the first twelve."""
 
 
 def placed(value: int) -> str:

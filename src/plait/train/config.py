@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from plait import tasks
 from plait.errors import RequestError, nearest
-from plait.tasks.vocabulary import TOKENIZER
+from plait.tasks.vocabulary import TOKENIZERS
+from plait.tokenizer import FixedTokenizer
 from plait.train.model import ModelConfig
 
 T = TypeVar("T")
@@ -24,10 +26,25 @@ class DataConfig:
     """`serial`: never forks, the twin's data."""
     mixture: dict[str, float]
     """How often each family is drawn, in any unit."""
+    knobs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """What the problems of a family are drawn from, where it is not what the embedded models know."""
+    vocabulary: str = "compact"
+    """`compact`: the embedded models'; `wide` has letters for numbers of up to 24 digits."""
     buckets: tuple[tuple[int, int], ...] = ((42, 192), (16, 512))
     """Shapes of batches as [rows, length]; about as many slots each."""
     spans: int | None = None
     """Hidden spans a token may have; None: what the format's join needs without nesting."""
+
+    def __post_init__(self) -> None:
+        if self.vocabulary not in TOKENIZERS:
+            raise nearest(self.vocabulary, list(TOKENIZERS), "vocabulary")
+        for name, knobs in self.knobs.items():
+            tasks.family(name, knobs)
+
+    @property
+    def tokenizer(self) -> FixedTokenizer:
+        """What its traces are written in."""
+        return TOKENIZERS[self.vocabulary]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +148,15 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         RequestError: The file is missing or not TOML, or a name or value is not one of `SFTConfig`'s.
     """
+    return config_from(read_toml(path, overrides))
+
+
+def read_toml(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The values of a TOML file, with overrides by dotted name.
+
+    Raises:
+        RequestError: The file is missing or not TOML, or an override goes through a value.
+    """
     try:
         data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
@@ -143,7 +169,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
             if not isinstance(at, dict):
                 raise RequestError(f"cannot set {name}: {table} is a value, not a section")
         at[last] = value
-    return config_from(data)
+    return data
 
 
 def config_from(data: Mapping[str, Any]) -> SFTConfig:
@@ -156,14 +182,20 @@ def config_from(data: Mapping[str, Any]) -> SFTConfig:
     for name, cls in _SECTIONS.items():
         section = dict(parts.get(name, {}))
         if name == "model":
-            section.setdefault("vocab_size", len(TOKENIZER.tokens))
+            words = TOKENIZERS.get(parts.get("data", {}).get("vocabulary", "compact"))
+            section.setdefault("vocab_size", len(words.tokens) if words else 0)
         if name == "data" and "buckets" in section:
             section["buckets"] = tuple((int(rows), int(length)) for rows, length in section["buckets"])
-        parts[name] = _build(cls, section, f"[{name}]")
-    return _build(SFTConfig, parts, "the config")
+        parts[name] = build(cls, section, f"[{name}]")
+    return build(SFTConfig, parts, "the config")
 
 
-def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A config dataclass from plain values.
+
+    Raises:
+        RequestError: A name is unknown or missing, or a value is not allowed; says where.
+    """
     known = [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in known:
@@ -183,8 +215,8 @@ _SECTIONS: dict[str, type[Any]] = {
 }
 
 
-def to_toml(config: SFTConfig) -> str:
-    """The config with every default written out; `load_config` reads it back to an equal one."""
+def to_toml(config: Any) -> str:
+    """A config with every default written out; reading it back gives an equal one."""
     head: list[str] = []
     tables: list[str] = []
 
@@ -204,9 +236,12 @@ def to_toml(config: SFTConfig) -> str:
     return "\n".join(head + tables) + "\n"
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+FREE = frozenset({"schedule", "eval", "checkpoint_every_s", "threads", "compile", "init", "weights"})
+"""What may change between a start and a resume."""
+
+
+def identity(config: Mapping[str, Any], *, free: frozenset[str] = FREE) -> dict[str, Any]:
     """What must not change between a start and a resume, by dotted name."""
-    free = {"schedule", "eval", "checkpoint_every_s", "threads", "compile", "init", "weights"}
     out: dict[str, Any] = {}
     for name, value in config.items():
         if name in free:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
+from plait import tasks
 from plait.errors import RequestError, nearest
+from plait.formats import open_format, render
+from plait.models import prompt_ids
+from plait.tasks.vocabulary import TOKENIZER
+from plait.tokenizer import FixedTokenizer
 from plait.train.packing import PackedBatch, Packer
 from plait.train.trie import TrieBatch, flatten
 from plait.tree import Tree
@@ -79,29 +84,29 @@ class Stream:
         return family, flatten(self._source(family, rng, "train"))
 
 
-def gold_source(format: str, *, traces: str) -> Source:
+def gold_source(
+    format: str, *, traces: str, tokenizer: FixedTokenizer = TOKENIZER, knobs: Mapping[str, Mapping[str, Any]] = {}
+) -> Source:
     """Gold traces of `plait.tasks` in a trajectory format.
 
     Args:
         format: Name of the format.
         traces: `parallel` forks where the problem says that forking is right; `serial` never does: the twin.
+        tokenizer: What they are written in.
+        knobs: What the problems of a family are drawn from, by family.
 
     Raises:
         RequestError: No format has this name, or `traces` is neither.
     """
-    from plait import tasks
-    from plait.formats import open_format, render
-    from plait.models import prompt_ids
-    from plait.tasks.vocabulary import TOKENIZER
-
     if traces not in ("parallel", "serial"):
         raise nearest(traces, ["parallel", "serial"], "kind of trace")
-    opened = open_format(format, TOKENIZER)
+    opened = open_format(format, tokenizer)
+    families = {name: tasks.family(name, knobs.get(name)) for name in tasks.FAMILIES}
 
     def draw(family: str, rng: random.Random, split: Literal["train", "held_out"]) -> Tree:
-        problem = tasks.sample(family, rng, split)
+        problem = tasks.sample(families.get(family, family), rng, split)
         trace = tasks.gold(problem, parallel=traces == "parallel")
-        ids = prompt_ids(TOKENIZER, problem.prompt)
-        return render(trace, format=opened, tokenizer=TOKENIZER, prompt_ids=ids)
+        ids = prompt_ids(tokenizer, problem.prompt)
+        return render(trace, format=opened, tokenizer=tokenizer, prompt_ids=ids)
 
     return draw

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from plait.errors import ModelError, RequestError
 from plait.formats import format_class
-from plait.tasks.vocabulary import TOKENIZER
 from plait.train import checkpoint, machine
 from plait.train.config import ScheduleConfig, SFTConfig, config_from, identity, load_config, to_toml
 from plait.train.data import Source, Stream, gold_source
@@ -111,7 +110,8 @@ class _Run:
         torch.set_num_threads(config.threads)
         self.config = config = replace(config, precision=machine.precision(config.precision))
         self.out, self.on_eval, self.display, self.say = out, on_eval, display, display.say
-        self.source = source or gold_source(config.data.format, traces=config.data.traces)
+        data = config.data
+        self.source = source or gold_source(data.format, traces=data.traces, tokenizer=data.tokenizer, knobs=data.knobs)
         self.path, self.gguf = out / "checkpoint.pt", out / "model.gguf"
         self.progress, self.scores = Progress(), dict[str, Any]()
         out.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ class _Run:
         )
 
     def _export(self) -> None:
-        about = checkpoint.description(asdict(self.config), scores=self.scores, tokenizer=TOKENIZER)
+        about = checkpoint.description(asdict(self.config), scores=self.scores, tokenizer=self.config.data.tokenizer)
         checkpoint.export_gguf(self.gguf, self.model, about=about, dtype=self.config.weights)
 
     def _outcome(self, *, finished: bool) -> Outcome:
@@ -312,7 +312,7 @@ class _Run:
 
     def _packer(self) -> Packer:
         buckets = [Bucket(rows=rows, length=length) for rows, length in self.config.data.buckets]
-        return Packer(buckets, num_spans=self._spans, pad_id=TOKENIZER.control_id("<pad>") or 0)
+        return Packer(buckets, num_spans=self._spans, pad_id=self.config.data.tokenizer.control_id("<pad>") or 0)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
