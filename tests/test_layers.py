@@ -39,6 +39,7 @@ HEAVY = {
     "rich": ("terminal", "commands", "cli.py", "train/display.py"),
     "click": ("commands", "cli.py"),
     "hypothesis": ("testing/strategies.py",),
+    "httpx2": ("engines/http/client.py",),
     # An engine that is woken from its own thread has to ask the running loop how.
     "trio": ("testing/clock.py", "engines/llamacpp/engine.py"),
 }

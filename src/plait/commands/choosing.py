@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plait import tasks
-from plait.engines import ENGINES, Engine
+from plait.engines import ENGINES, Engine, is_address
 from plait.errors import RequestError, nearest
 from plait.models import DEFAULT, Model, gold_model, load_model, twin_name
 from plait.models.gold import NAME as GOLD
@@ -33,7 +33,9 @@ def choose(model: str | None, *, engine: str | None = None, format: str | None =
         RequestError: There is none of this name, or they do not fit each other.
         ModelError: The weights are missing or corrupt.
     """
-    if engine is not None and engine not in ENGINES:
+    if engine == "http":
+        raise RequestError("say which server: --engine http://HOST:PORT")
+    if engine is not None and engine not in ENGINES and not is_address(engine):
         raise nearest(engine, list(ENGINES), "engine")
     if engine == "scripted" or model == GOLD:
         if model not in (None, GOLD):
@@ -44,7 +46,14 @@ def choose(model: str | None, *, engine: str | None = None, format: str | None =
 
 
 def choose_twin(of: Choice, twin: str | None = None) -> Choice:
-    """The sequential twin: the one that is named, else the one that belongs to the model by its name."""
+    """The sequential twin: the one that is named, else the one that belongs to the model by its name.
+
+    Raises:
+        RequestError: There is none, or the engine is a server.
+        ModelError: Its weights are missing or corrupt.
+    """
+    if is_address(of.engine):
+        raise RequestError("a server runs one model, a comparison needs two: leave out --compare, or --engine")
     if of.model.script is not None:
         return Choice(gold_model(traces="serial"), of.engine)
     try:

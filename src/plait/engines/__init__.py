@@ -12,8 +12,14 @@ from plait.errors import EngineUnavailable, nearest
 _WHERE = {
     "scripted": ("plait.engines.scripted", "ScriptedEngine"),
     "llamacpp": ("plait.engines.llamacpp", "LlamaCppEngine"),
+    "http": ("plait.engines.http", "HttpEngine"),
 }
 ENGINES = tuple(_WHERE)
+
+
+def is_address(engine: str) -> bool:
+    """Whether the name of an engine is the address of a server, or several."""
+    return "://" in engine
 
 
 def engine_class(name: str) -> type[Any]:
@@ -51,4 +57,4 @@ def open_engine(name: str, **options: Any) -> Engine:
     return cls(**options)
 
 
-__all__ = ["ENGINES", "Engine", "EngineStats", "engine_class", "open_engine"]
+__all__ = ["ENGINES", "Engine", "EngineStats", "engine_class", "is_address", "open_engine"]

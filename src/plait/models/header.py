@@ -34,12 +34,39 @@ class Header:
     """Type of most of its weights."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where the parts of a GGUF file lie, for copying it with other metadata."""
+
+    version: int
+    num_tensors: int
+    pairs: tuple[tuple[str, bytes], ...]
+    """Key, and the bytes of the whole pair."""
+    tensor_infos: bytes
+    """Names, shapes and offsets; the offsets count from `data_start`."""
+    data_start: int
+    alignment: int
+
+
 def read_header(path: Path) -> Header:
     """Read the header and check that the tensors it promises are there.
 
     Raises:
         ModelError: The file is missing, not GGUF, or cut off.
     """
+    return _read(path)[0]
+
+
+def read_layout(path: Path) -> Layout:
+    """Find the parts of a file that `read_header` accepts.
+
+    Raises:
+        ModelError: The file is missing, not GGUF, or cut off.
+    """
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[Header, Layout]:
     try:
         with path.open("rb") as file:
             return _Reader(path, file).header()
@@ -51,7 +78,7 @@ class _Reader:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file = path, file
 
-    def header(self) -> Header:
+    def header(self) -> tuple[Header, Layout]:
         if self._bytes(4) != b"GGUF":
             raise ModelError(f"{self.path} is not a GGUF model file")
         (version,) = self._unpack("I")
@@ -61,13 +88,32 @@ class _Reader:
         if max(num_tensors, num_pairs) > _MOST:
             raise self._corrupt("its header is garbage")
         metadata: dict[str, Any] = {}
+        pairs: list[tuple[str, bytes]] = []
         for _ in range(num_pairs):
+            start = self.file.tell()
             key = self._string()
             (kind,) = self._unpack("I")
             metadata[key] = self._value(kind)
-        return self._tensors(metadata, num_tensors)
+            pairs.append((key, self._between(start, self.file.tell())))
+        start = self.file.tell()
+        header, end = self._tensors(metadata, num_tensors)
+        alignment = _alignment(metadata)
+        layout = Layout(
+            version=version,
+            num_tensors=num_tensors,
+            pairs=tuple(pairs),
+            tensor_infos=self._between(start, end),
+            data_start=-(-end // alignment) * alignment,
+            alignment=alignment,
+        )
+        return header, layout
 
-    def _tensors(self, metadata: dict[str, Any], count: int) -> Header:
+    def _between(self, start: int, end: int) -> bytes:
+        self.file.seek(start)
+        return self._bytes(end - start)
+
+    def _tensors(self, metadata: dict[str, Any], count: int) -> tuple[Header, int]:
+        """The header, and where the descriptions of the tensors end."""
         weights: dict[int, int] = {}
         end = 0
         for _ in range(count):
@@ -80,14 +126,15 @@ class _Reader:
             weights[kind] = weights.get(kind, 0) + size
             block, num_bytes = _BLOCKS.get(kind, (1, 0))
             end = max(end, offset + size // block * num_bytes)
-        alignment = int(metadata.get("general.alignment", 32)) or 32
-        needed = -(-self.file.tell() // alignment) * alignment + end
+        infos_end = self.file.tell()
+        alignment = _alignment(metadata)
+        needed = -(-infos_end // alignment) * alignment + end
         held = self.file.seek(0, 2)
         if held < needed:
             raise self._corrupt(f"it has {held:,} bytes of {needed:,}")
         most = max(weights, key=lambda kind: weights[kind], default=0)
         dtype = _NAMES.get(most, f"type {most}")
-        return Header(metadata=metadata, num_weights=sum(weights.values()), dtype=dtype)
+        return Header(metadata=metadata, num_weights=sum(weights.values()), dtype=dtype), infos_end
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -120,3 +167,7 @@ class _Reader:
 
     def _corrupt(self, why: str) -> ModelError:
         return ModelError(f"the model file {self.path} is corrupt: {why}; copy or export it again")
+
+
+def _alignment(metadata: dict[str, Any]) -> int:
+    return int(metadata.get("general.alignment", 32)) or 32

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plait import tasks
-from plait.engines import Engine, open_engine
+from plait.engines import Engine, is_address, open_engine
 from plait.engines.scripted import Script
 from plait.errors import ModelError, RequestError, nearest
 from plait.formats import FORMATS, TrajectoryFormat, open_format
@@ -79,11 +79,16 @@ class Model:
     def open_engine(self, name: str | None = None, **options: Any) -> Engine:
         """An engine over these weights, not started.
 
+        Args:
+            name: An engine, or the address of a server that has loaded the same weights.
+
         Raises:
             RequestError: No engine has this name, it has no such option, or it takes no weights.
             EngineUnavailable: A library it needs is not installed.
         """
         name = name or self.engine
+        if is_address(name) and self.script is None:
+            return open_engine("http", urls=name, vocab_size=len(self.tokenizer.tokens), **options)
         if self.script is not None and name == "scripted":
             return open_engine(name, script=self.script, **options)
         if self.path is None or name == "scripted":

@@ -1,0 +1,108 @@
+"""The seam between the HTTP engine and a kind of server: how a call is spelled, and how an answer is read.
+
+A dialect is a pure function in both directions: it sends nothing and remembers nothing of a call. It knows nothing of
+pools, retries and placement, which are the same for every server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+from plait.errors import EngineProtocolError
+from plait.types import SamplingParams
+
+Json: TypeAlias = dict[str, Any]
+Finish: TypeAlias = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request to a server: plain ids to go on from."""
+
+    model: str
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    key: str
+    """Calls with the same key want the same replica: their prefixes are there."""
+    cache_salt: str | None = None
+    """Calls with another salt do not share cached prefixes."""
+    stop_texts: Mapping[int, str]
+    """Text of stop ids, for servers that know stops as text only."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Stop ids and eos ids, each once."""
+        return tuple(dict.fromkeys((*self.params.stop_ids, *self.params.eos_ids)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What one server-sent event adds."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    """One for each token; empty where the server gave none."""
+    finish: Finish | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    """Of the prompt, found in the server's prefix cache; None where it does not say."""
+
+
+class Dialect(Protocol):
+    """One kind of server."""
+
+    kind: str
+    """Name of the server, as its users call it."""
+    shares_blocks: bool
+    """Whether a prefix that one call computes is there for others while that call still runs."""
+    needs_stop_texts: bool
+    running_metric: str
+    """Name of the gauge that counts calls in progress, in `/metrics`."""
+
+    def route(self, call: Call) -> str:
+        """Path of the POST."""
+        ...
+
+    def body(self, call: Call) -> Json: ...
+    def ends_itself(self, call: Call) -> bool:
+        """Whether the server ends a call at every stop and eos id by itself; else its stream has to be closed."""
+        ...
+
+    def read(self, event: Json, num_seen: int) -> Piece:
+        """What an event adds to the `num_seen` tokens before it.
+
+        It may fail in any way on an event that has not the documented shape; the engine reports that.
+        """
+        ...
+
+
+def piece(token_ids: Any, logprobs: Any, **rest: Any) -> Piece:
+    """A piece from untrusted lists.
+
+    Raises:
+        EngineProtocolError: They hold other things than token ids and numbers, or not one number for each id.
+    """
+    ids: tuple[Any, ...] = tuple(token_ids or ())
+    if not all(isinstance(id, int) and id >= 0 for id in ids):
+        raise EngineProtocolError(f"C4: the server gave token ids that are none: {list(ids)[:8]}")
+    given: tuple[Any, ...] = tuple(logprobs or ())
+    if given and (len(given) != len(ids) or not all(isinstance(p, int | float) for p in given)):
+        raise EngineProtocolError(f"C6: the server gave {len(given)} log-probabilities for {len(ids)} tokens")
+    # Rounding on the server may leave a probability a hair above one.
+    return Piece(token_ids=ids, logprobs=tuple(min(0.0, float(p)) for p in given), **rest)
+
+
+def finish_of(reason: Any) -> Finish | None:
+    """The reason an OpenAI-like answer gives; anything unknown ends a call like an abort."""
+    if reason is None:
+        return None
+    return reason if reason in ("stop", "length") else "abort"
+
+
+def signed_seed(seed: int) -> int:
+    """63 bits at most: what every server takes as a signed integer."""
+    return seed & (2**63 - 1)

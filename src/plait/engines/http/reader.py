@@ -1,0 +1,64 @@
+"""Reads the events of one request and holds the server to the engine contract. Knows nothing of how they arrive."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from plait.engines.http.base import Call, Dialect, Json, Piece
+from plait.errors import EngineError, EngineProtocolError
+
+
+class Reader:
+    """The answer to one request so far.
+
+    Args:
+        call: What was asked.
+        dialect: How its server answers.
+    """
+
+    def __init__(self, call: Call, dialect: Dialect) -> None:
+        self._call, self._dialect = call, dialect
+        self._ends = frozenset(call.end_ids)
+        self._ended = False
+        self.num_read = 0
+        self.prompt_tokens: int | None = None
+        self.cached_tokens: int | None = None
+
+    def take(self, event: Json) -> Piece:
+        """What an event adds, cut after the first stop id and after `max_tokens`.
+
+        Raises:
+            EngineProtocolError: It is not what a server of this kind sends, or a token is not what was asked for.
+            EngineError: The server gave the call up.
+        """
+        piece = self._read(event)
+        self.num_read += len(piece.token_ids)
+        self.prompt_tokens = piece.prompt_tokens if piece.prompt_tokens is not None else self.prompt_tokens
+        self.cached_tokens = piece.cached_tokens if piece.cached_tokens is not None else self.cached_tokens
+        if piece.finish == "abort":
+            raise EngineError("the server aborted the call")
+        if not piece.token_ids or self._ended:
+            return replace(piece, token_ids=(), logprobs=())
+        return self._cut(piece)
+
+    def _read(self, event: Json) -> Piece:
+        try:
+            return self._dialect.read(event, self.num_read)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
+            raise EngineProtocolError(
+                f"an event of {self._dialect.kind} has not the documented shape ({exc!r}): {event!r:.200}"
+            ) from exc
+
+    def _cut(self, piece: Piece) -> Piece:
+        params = self._call.params
+        ids = piece.token_ids
+        num = next((n for n, id in enumerate(ids, 1) if id in self._ends), len(ids))
+        num = min(num, self._call.max_tokens - (self.num_read - len(ids)))
+        banned = set(ids[:num]) & set(params.banned_ids)
+        if banned:
+            raise EngineProtocolError(f"C4: the server sampled a banned id: {sorted(banned)}")
+        if params.logprobs and len(piece.logprobs) != len(ids):
+            raise EngineProtocolError(f"C6: the server gave {len(piece.logprobs)} log-probabilities for {len(ids)} ids")
+        logprobs = piece.logprobs[:num] if params.logprobs else (0.0,) * num
+        self._ended = num < len(ids) or ids[num - 1] in self._ends
+        return replace(piece, token_ids=ids[:num], logprobs=logprobs)
