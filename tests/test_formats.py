@@ -180,7 +180,7 @@ def test_two_hundred_outlines_are_read_and_left_to_the_budget() -> None:
 def test_a_block_inside_a_thread_is_text() -> None:
     for name in TAGGED:
         format = opened(name)
-        assert format.parse(encode(format.open_text(["6", "7"])), 1) is None
+        assert format.parse(encode(format.open_text(Block(outlines=("6", "7"), threads=()))), 1) is None
         assert format.stop_ids(0) != format.stop_ids(1)
 
 

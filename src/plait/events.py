@@ -48,7 +48,8 @@ class SegmentStarted:
     join: JoinKind = "none"
     """`merge`: the joined threads are part of this segment's context as a `Merge`."""
     keep: int | None = None
-    """Where a message join drops the end of the parent's own ids: how many of its ids stay."""
+    """How many of the first ids of the path to the parent's end stay in the context; None: all of them. A thread that
+    starts from a message alone has 0; where a message join takes a block's place, what was before the block stays."""
     t: float = 0.0
     """Seconds since the run started; not part of the tree's identity."""
 
@@ -75,6 +76,22 @@ class SegmentEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadsCut:
+    """Threads that lost a race, or that nobody waited for, are cut at one moment of the run's own clock.
+
+    What they, and all that they forked, sampled later is dropped from the tree, which counts it. The clock is the
+    critical path in tokens, so what stays does not depend on how fast the engine was.
+    """
+
+    threads: tuple[str, ...]
+    clock: int
+    """Sampled tokens on the longest dependent chain up to the cut."""
+    note: str = ""
+    """What the segments that are cut say."""
+    t: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunEnded:
     """The last event of a run that was not left early."""
 
@@ -83,10 +100,10 @@ class RunEnded:
     t: float = 0.0
 
 
-Event: TypeAlias = RunStarted | ThreadForked | SegmentStarted | TokensSampled | SegmentEnded | RunEnded
+Event: TypeAlias = RunStarted | ThreadForked | SegmentStarted | TokensSampled | SegmentEnded | ThreadsCut | RunEnded
 
 _TYPES: dict[str, type[Any]] = {
-    c.__name__: c for c in (RunStarted, ThreadForked, SegmentStarted, TokensSampled, SegmentEnded, RunEnded)
+    c.__name__: c for c in (RunStarted, ThreadForked, SegmentStarted, TokensSampled, SegmentEnded, ThreadsCut, RunEnded)
 }
 
 

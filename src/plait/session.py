@@ -9,11 +9,18 @@ What a model writes never raises. Whatever it is, it ends a segment with a `Stop
 
     a stop id that forks            the block is opened; after the join the same thread goes on
     a block that cannot be read,    declined, `MALFORMED`: the thread goes on in plain text, up to `MAX_DECLINED`
-    or too wide                     times, then it ends
+    is too wide, or whose threads   times, then it ends
+    wait for each other
     a block that does not fit the   declined as a whole, `BUDGET`: the thread goes on in plain text, and fork ids are
     budget or the context           not sampled any more
     end-of-sequence, a thread's     the thread ends; in a block, the runtime writes the closing tag where it is
     closer, a limit                 missing, and the join goes on with what there is
+
+A race is decided by the run's own clock, which is the critical path in tokens. A thread that succeeds sets the moment
+after which nothing of its siblings counts; those that have reached it are stopped at once, those that have not go on
+until they do, for they may still succeed earlier. When all have ended, the earliest success wins (of equals, the first
+outline) and its siblings are cut there. So the tree is what an engine with one pace for all threads would give, however
+fast each of them really was. Tokens beyond the cut are dropped from the tree and counted; the budget counts them too.
 
 Source: the fork and join of ThreadWeaver (Lian et al. 2025, arXiv:2512.07843).
 """
@@ -21,20 +28,30 @@ Source: the fork and join of ThreadWeaver (Lian et al. 2025, arXiv:2512.07843).
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
 import anyio
+from anyio.abc import TaskGroup
 
-from plait.budget import Gate, Share, limit
+from plait.budget import UNLIMITED, Gate, Share, limit
 from plait.channel import Channel
 from plait.engines.base import Engine
 from plait.errors import ContextLengthError, EngineProtocolError, Failures, UnsupportedJoin, boundary
-from plait.events import Event, RunEnded, RunStarted, SegmentEnded, SegmentStarted, ThreadForked, TokensSampled
-from plait.formats.base import Fork, Malformed, ThreadOutcome, TrajectoryFormat
+from plait.events import (
+    Event,
+    RunEnded,
+    RunStarted,
+    SegmentEnded,
+    SegmentStarted,
+    ThreadForked,
+    ThreadsCut,
+    TokensSampled,
+)
+from plait.formats.base import Await, Branch, Fork, Join, Malformed, ThreadOutcome, TrajectoryFormat, order
 from plait.tree import Tree
 from plait.types import Context, JoinKind, Request, SamplingParams, StopReason, context_positions
 
@@ -74,10 +91,14 @@ async def open_run(
         meta: Goes into the first event, beside the names of engine and format and the budget.
 
     Raises:
+        RequestError: The budget is to be written into the prompt, and the format has no form for it.
         UnsupportedJoin: The format joins by merging and the engine cannot; before anything is sampled.
         ContextLengthError: The prompt leaves no room to sample; before anything is sampled.
         EngineError: An engine call failed: the first failure, later ones as its notes.
     """
+    if request.conditioned:
+        prompt_ids = format.condition(request.prompt_ids, request.budget)
+        request = replace(request, prompt_ids=prompt_ids, conditioned=False)
     _refuse_misfits(request, engine, format)
     program = _Program(request, engine, format, meta or {})
     failure: BaseException | None = None
@@ -112,7 +133,44 @@ def segment_seed(seed: int, id: str) -> int:
     return int.from_bytes(blake2b(f"{seed} {id}".encode(), digest_size=8).digest(), "little") >> 1
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, eq=False)
+class _Call:
+    """An engine call that may have to stop before its own end."""
+
+    start: int
+    """The thread's clock."""
+    sampled: Sequence[int]
+    scope: anyio.CancelScope
+
+    @property
+    def clock(self) -> int:
+        return self.start + len(self.sampled)
+
+
+class _Finish:
+    """A moment of the run's clock after which nothing counts: a race was won, or a parent has ended."""
+
+    def __init__(self) -> None:
+        self.clock = UNLIMITED
+        self._calls: list[_Call] = []
+
+    def set(self, clock: int) -> None:
+        """Nothing counts after `clock`; stop the calls that are there."""
+        self.clock = min(self.clock, clock)
+        for call in self._calls:
+            if call.clock >= self.clock:
+                call.scope.cancel()
+
+    @contextmanager
+    def watching(self, call: _Call) -> Iterator[None]:
+        self._calls.append(call)
+        try:
+            yield
+        finally:
+            self._calls.remove(call)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class _Thread:
     """A thread while it runs."""
 
@@ -123,8 +181,25 @@ class _Thread:
     share: Share
     end: int
     """Positions it may reach, its closer not counted."""
+    clock: int = 0
+    """Tokens on the longest dependent chain up to here: the run's own time."""
+    finishes: tuple[_Finish, ...] = ()
+    """Of the races it runs in, and of the parents that do not wait for it, outermost first."""
+    reads: tuple[_Thread, ...] = ()
+    """Threads that must end before it starts."""
+    fresh: bool = False
     ticket: anyio.Event | None = None
-    """Drawn at the fork, so that waiting threads start in outline order."""
+    """Drawn at the fork, so that waiting threads start in outline order. One that needs others draws it when they have
+    ended: it must not keep a place from them."""
+    ended: anyio.Event = field(default_factory=anyio.Event)
+    running: dict[str, _Thread] = field(default_factory=dict[str, "_Thread"])
+    """Threads that it forked without waiting and has not read yet, by key."""
+    num_opening: int = 0
+    """Ids that the runtime wrote to open it."""
+    num_blocks: int = 0
+    succeeded: bool = False
+    asked: Branch | None = None
+    """What its parent asked for; None for the root."""
     segments: list[str] = field(default_factory=list[str])
     position: int = 0
     """After its last segment."""
@@ -134,6 +209,11 @@ class _Thread:
     stop: StopReason = StopReason.FORCED
     note: str = ""
 
+    @property
+    def finish(self) -> int:
+        """The moment of the run's clock after which nothing it samples counts."""
+        return min((finish.clock for finish in self.finishes), default=UNLIMITED)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opening:
@@ -142,6 +222,7 @@ class _Opening:
     forced_ids: tuple[int, ...] = ()
     joins: tuple[str, ...] = ()
     join: JoinKind = "none"
+    keep: int | None = None
     end: bool = False
     note: str = ""
 
@@ -179,7 +260,7 @@ class _Program:
         )
         with self.failures.noting():
             await self.tell(RunStarted(seed=self.request.seed, meta=self.meta))
-            await self.thread(root)
+            await self.thread(root, _Opening(forced_ids=root.header_ids))
             await self.tell(RunEnded(stop=root.stop, note=root.note, t=self.now()))
         self.channel.close()
 
@@ -190,28 +271,108 @@ class _Program:
     def now(self) -> float:
         return anyio.current_time() - self.started
 
-    async def thread(self, thread: _Thread) -> None:
+    async def thread(self, thread: _Thread, opening: _Opening) -> None:
+        """Run a thread to its end, and stop what it forked and did not wait for."""
+        left = _Finish()
+        async with anyio.create_task_group() as beside:
+            await self.talk(thread, opening, beside, left)
+            left.set(thread.clock)
+        if thread.running:
+            names = tuple(branch.name for branch in thread.running.values())
+            await self.cut(names, thread.clock, "its parent ended without waiting for it")
+
+    async def talk(self, thread: _Thread, opening: _Opening, beside: TaskGroup, left: _Finish) -> None:
         """Sample until the format forks, run the block, read it, go on; return when the thread has ended."""
-        opening = _Opening(forced_ids=thread.header_ids)
+        thread.num_opening = len(opening.forced_ids)
+        begin = None if thread.depth else self.format.begin()
         while True:
             id = await self.start(thread, opening)
-            stop, note = (StopReason.FORCED, "") if opening.end else await self.sample(thread, id)
-            fork = self.read(thread, id) if stop is StopReason.STOP else None
-            if isinstance(fork, _Declined):
-                stop, note = fork.stop, fork.note
-            elif fork is not None:
-                note = fork.note
+            written: Fork | Await | Malformed | None = None
+            stop, note = StopReason.FORCED, ""
+            if begin is not None:
+                written, begin = begin, None
+                thread.position = context_positions(self.tree.context(id))
+            elif not opening.end:
+                stop, note = await self.sample(thread, id)
+                if stop is StopReason.STOP:
+                    written = self.format.parse(self.tree.segments[id].sampled_ids, thread.depth)
+            asked = self.read(thread, written)
+            if isinstance(asked, _Declined):
+                stop, note = asked.stop, asked.note
+            elif isinstance(asked, Fork):
+                note = asked.note
             thread.stop, thread.note = stop, "; ".join(filter(None, (opening.note, note)))
             await self.tell(SegmentEnded(id=id, stop=stop, note=thread.note, t=self.now()))
-            if isinstance(fork, Fork):
-                opening = await self.block(thread, fork)
-            elif isinstance(fork, _Declined) and thread.num_declined < MAX_DECLINED:
-                opening = _Opening()
-            else:
-                return
+            match asked:
+                case Fork(waits=True):
+                    opening = await self.block(thread, asked)
+                case Fork():
+                    opening = await self.spawn(thread, asked, beside, left)
+                case Await():
+                    opening = await self.wait(thread, asked)
+                case _Declined() if thread.num_declined < MAX_DECLINED:
+                    opening = _Opening()
+                case _:
+                    return
 
     async def block(self, thread: _Thread, fork: Fork) -> _Opening:
         """Run the threads of a block side by side; what their parent reads when all have ended."""
+        race = _Finish() if fork.race else None
+        branches = await self.fork(thread, fork, thread.finishes if race is None else (*thread.finishes, race))
+        async with anyio.create_task_group() as block:
+            for branch in branches:
+                block.start_soon(self.branch, branch, race)
+        winner = await self.decide(branches) if race is not None else None
+        for branch in branches:
+            # What a thread that was cut really used depends on timing, so its parent gets nothing of it back.
+            if winner is None or branch is winner or branch.clock < winner.clock:
+                thread.share.take_back(branch.share)
+        thread.clock = max(branch.clock for branch in branches) if winner is None else winner.clock
+        outcomes = [self.outcome(branch) for branch in branches]
+        if race is not None:
+            outcomes = [replace(o, won=b is winner) for o, b in zip(outcomes, branches, strict=True)]
+        opening = self.joined(thread, branches, outcomes, self.kept(thread, fork))
+        if winner is not None:
+            note = f"{winner.name} ended the race of {len(branches)} threads"
+            opening = replace(opening, note="; ".join(filter(None, (note, opening.note))))
+        return opening
+
+    async def decide(self, branches: list[_Thread]) -> _Thread | None:
+        """The thread that won a race, by the run's clock; cut the others there."""
+        winner = min((b for b in branches if b.succeeded), key=lambda b: b.clock, default=None)
+        if winner is None:
+            return None
+        losers = [branch for branch in branches if branch is not winner]
+        if losers:
+            await self.cut(tuple(b.name for b in losers), winner.clock, f"cut: {winner.name} ended the race")
+        for branch in losers:
+            branch.segments = [id for id in branch.segments if id in self.tree.segments]
+        return winner
+
+    async def cut(self, names: tuple[str, ...], clock: int, note: str) -> None:
+        await self.tell(ThreadsCut(threads=names, clock=clock, note=note, t=self.now()))
+
+    async def spawn(self, thread: _Thread, fork: Fork, beside: TaskGroup, left: _Finish) -> _Opening:
+        """Start the threads of a block; their parent goes on at once."""
+        for asked, branch in zip(fork.branches, await self.fork(thread, fork, (*thread.finishes, left)), strict=True):
+            thread.running[asked.key] = branch
+            beside.start_soon(self.branch, branch, None)
+        return _Opening()
+
+    async def wait(self, thread: _Thread, asked: Await) -> _Opening:
+        """Wait for threads that were started before; what their parent reads of them."""
+        branches = [thread.running[key] for key in asked.keys]
+        for branch in branches:
+            await branch.ended.wait()
+            thread.share.take_back(branch.share)
+            thread.clock = max(thread.clock, branch.clock)
+        for key in asked.keys:
+            del thread.running[key]
+        return self.joined(thread, branches, [self.outcome(branch) for branch in branches], None)
+
+    async def fork(self, thread: _Thread, fork: Fork, finishes: tuple[_Finish, ...]) -> list[_Thread]:
+        """The threads of a block, before they start."""
+        thread.num_blocks += 1
         segment = thread.segments[-1]
         number = segment.rpartition(":")[2]
         room = self.room(thread, fork)
@@ -223,38 +384,90 @@ class _Program:
                 parent=segment,
                 header_ids=branch.header_ids,
                 share=shares[i],
-                end=thread.position + len(branch.header_ids) + room,
-                ticket=self.gate.ticket(),
+                end=(0 if fork.fresh else thread.position) + len(branch.header_ids) + room,
+                clock=thread.clock,
+                finishes=finishes,
+                fresh=fork.fresh,
+                ticket=None if branch.needs else self.gate.ticket(),
             )
             for i, branch in enumerate(fork.branches)
         ]
+        for branch, asked in zip(branches, fork.branches, strict=True):
+            branch.reads = tuple(branches[i] for i in asked.needs)
+            branch.asked = asked
         labels = tuple(branch.label for branch in fork.branches)
         await self.tell(ThreadForked(segment=segment, threads=tuple(b.name for b in branches), labels=labels))
-        async with anyio.create_task_group() as block:
-            for branch in branches:
-                block.start_soon(self.branch, branch)
-        for branch in branches:
-            thread.share.take_back(branch.share)
-        join = self.format.join([self.outcome(branch) for branch in branches])
-        assert join.forced_ids or self.format.join_kind != "merge", "no logits follow a merge alone"
-        unfinished = sum(self.tree.segments[b.segments[-1]].stop is StopReason.FORCED for b in branches)
-        return _Opening(
-            forced_ids=join.forced_ids,
-            joins=tuple(branch.segments[-1] for branch in branches),
-            join=self.format.join_kind,
-            end=join.end,
-            note=f"joins {unfinished} of {len(branches)} threads unfinished" if unfinished else "",
-        )
+        return branches
 
-    async def branch(self, thread: _Thread) -> None:
+    async def branch(self, thread: _Thread, race: _Finish | None) -> None:
         """Run a thread of a block; write its closer where it did not."""
         with self.failures.noting():
-            await self.thread(thread)
+            for other in thread.reads:
+                await other.ended.wait()
+            await self.thread(thread, self.opened(thread))
             closer = self.format.closer_ids(self.outcome(thread))
             if closer:
                 id = await self.start(thread, _Opening(forced_ids=closer))
                 note = f"closed by the runtime, the thread ended with {thread.stop}"
                 await self.tell(SegmentEnded(id=id, stop=StopReason.FORCED, note=note, t=self.now()))
+            elif race is not None and thread.stop is StopReason.STOP:
+                thread.succeeded = self.format.succeeded(self.outcome(thread))
+                if thread.succeeded:
+                    race.set(thread.clock)
+            thread.ended.set()
+
+    def opened(self, thread: _Thread) -> _Opening:
+        """What the runtime writes to open a thread, of those it waited for too."""
+        if not thread.reads:
+            return _Opening(forced_ids=thread.header_ids, keep=0 if thread.fresh else None)
+        assert thread.asked is not None
+        thread.clock = max(other.clock for other in (thread, *thread.reads))
+        join = self.format.opening(thread.asked, [self.outcome(other) for other in thread.reads])
+        thread.end += len(join.forced_ids) - len(thread.header_ids)
+        return _Opening(
+            forced_ids=join.forced_ids,
+            joins=tuple(other.segments[-1] for other in thread.reads),
+            join=join.kind or self.format.join_kind,
+        )
+
+    def joined(
+        self, thread: _Thread, branches: Sequence[_Thread], outcomes: list[ThreadOutcome], keep: int | None
+    ) -> _Opening:
+        """What a parent reads of threads that have ended."""
+        notes: list[str] = []
+        unfinished = sum(self.tree.segments[b.segments[-1]].stop is StopReason.FORCED for b in branches)
+        if unfinished:
+            notes.append(f"joins {unfinished} of {len(branches)} threads unfinished")
+        room = thread.end - (thread.position if keep is None else keep)
+        join, blanked = self.fitting(outcomes, room)
+        if blanked:
+            notes.append(f"{blanked} of {len(branches)} messages do not fit the context")
+        assert join.forced_ids or self.format.join_kind != "merge", "no logits follow a merge alone"
+        return _Opening(
+            forced_ids=join.forced_ids,
+            joins=tuple(branch.segments[-1] for branch in branches),
+            join=join.kind or self.format.join_kind,
+            keep=keep,
+            end=join.end,
+            note="; ".join(notes),
+        )
+
+    def fitting(self, outcomes: list[ThreadOutcome], room: int) -> tuple[Join, int]:
+        """A join, and how many messages it leaves out, the longest first, so that the parent can go on.
+
+        Threads of a concat or merge join were limited when they were forked; those that start afresh were not.
+        """
+        join = self.format.join(outcomes)
+        if self.format.join_kind != "message":
+            return join, 0
+        left = sorted(range(len(outcomes)), key=lambda i: -len(outcomes[i].token_ids))
+        blanked = 0
+        while len(join.forced_ids) >= room and blanked < len(left):
+            at = left[blanked]
+            outcomes[at] = self.blank(outcomes[at].header_ids)
+            blanked += 1
+            join = self.format.join(outcomes)
+        return join, blanked
 
     async def start(self, thread: _Thread, opening: _Opening) -> str:
         """Open the thread's next segment."""
@@ -265,6 +478,7 @@ class _Program:
             forced_ids=opening.forced_ids,
             joins=opening.joins,
             join=opening.join,
+            keep=opening.keep,
             t=self.now(),
         )
         thread.segments.append(id)
@@ -279,29 +493,36 @@ class _Program:
         thread.position = context_positions(context)
         most, end, note = self.most(thread)
         stop: StopReason | None = None
+        sampled = self.tree.segments[id].sampled_ids
+        call = _Call(thread.clock, sampled, anyio.CancelScope(deadline=self.deadline))
         try:
             if most < 1:
                 return end, note
-            with anyio.CancelScope(deadline=self.deadline):
+            with call.scope, ExitStack() as watched:
+                for finish in thread.finishes:
+                    watched.enter_context(finish.watching(call))
                 if ticket is not None and not ticket.is_set():
                     await ticket.wait()
                 if anyio.current_time() < self.deadline:
-                    stop = await self.call(id, context, self.params(thread, id, most))
+                    stop = await self.call(thread, id, context, self.params(thread, id, most))
         finally:
             if ticket is not None:
                 self.gate.give_back(ticket)
-        num_sampled = len(self.tree.segments[id].sampled_ids)
+        num_sampled = len(sampled)
+        thread.clock += num_sampled
         thread.num_sampled += num_sampled
         thread.share.tokens -= num_sampled
         thread.position += num_sampled
+        if stop is None and thread.clock >= thread.finish:
+            return StopReason.CANCELLED, "it reached the end of a race"
         if stop is None:
             return StopReason.BUDGET, f"the deadline of {self.request.budget.deadline_s} s"
         if stop is StopReason.LENGTH:
             return (end, note) if num_sampled == most else (stop, "the engine's context is used up")
         return stop, ""
 
-    async def call(self, id: str, context: Context, params: SamplingParams) -> StopReason:
-        """One engine call, told chunk by chunk."""
+    async def call(self, thread: _Thread, id: str, context: Context, params: SamplingParams) -> StopReason | None:
+        """One engine call, told chunk by chunk; None where nothing more of it counts."""
         sampled = self.tree.segments[id].sampled_ids
         tell, now = self.tell, self.now
         with boundary(f"the {self.engine.name} engine"):
@@ -316,6 +537,8 @@ class _Program:
                     if chunk.stop is not None:
                         _check_stop(chunk.stop, sampled, params)
                         return chunk.stop
+                    if thread.clock + len(sampled) >= thread.finish:
+                        return None
         raise EngineProtocolError("C5: a call's chunks ended without a stop reason")
 
     def params(self, thread: _Thread, id: str, most: int) -> SamplingParams:
@@ -349,16 +572,21 @@ class _Program:
             (thread.share.tokens, StopReason.BUDGET, f"its share of max_tokens={budget.max_tokens} is used up"),
             (left_of_thread, StopReason.BUDGET, f"max_thread_tokens={budget.max_thread_tokens} is used up"),
             (thread.end - thread.position, StopReason.LENGTH, "its share of the context is used up"),
+            (thread.finish - thread.clock, StopReason.CANCELLED, "it reached the end of a race"),
         )
         return min(limits, key=lambda limit: limit[0])
 
-    def read(self, thread: _Thread, id: str) -> Fork | _Declined | None:
-        """What the end of a call asks for; None where it asks for nothing."""
-        asked = self.format.parse(self.tree.segments[id].sampled_ids, thread.depth)
+    def read(self, thread: _Thread, asked: Fork | Await | Malformed | None) -> Fork | Await | _Declined | None:
+        """What the end of a call asks for, if it may have it; None where it asks for nothing."""
         if asked is None:
             return None
         if isinstance(asked, Malformed):
             declined = _Declined(StopReason.MALFORMED, asked.note)
+        elif isinstance(asked, Await):
+            unknown = [key for key in asked.keys if key not in thread.running]
+            if not unknown and asked.keys:
+                return asked
+            declined = _Declined(StopReason.MALFORMED, f"it asks for threads that do not run: {unknown}")
         else:
             declined = self.refusal(thread, asked)
             if declined is None:
@@ -373,10 +601,17 @@ class _Program:
 
     def refusal(self, thread: _Thread, fork: Fork) -> _Declined | None:
         """Why a block is not opened. All of it fits, or none of it runs."""
-        budget, share, n = self.request.budget, thread.share, len(fork.branches)
+        budget, share, n, caps = self.request.budget, thread.share, len(fork.branches), self.format.caps
         asked = f"a block of {n} threads"
         if not n:
             return _Declined(StopReason.MALFORMED, "a block without threads")
+        needs = [branch.needs for branch in fork.branches]
+        if order(needs) is None:
+            return _Declined(StopReason.MALFORMED, f"{asked} that wait for each other")
+        if fork.race and any(needs):
+            return _Declined(StopReason.MALFORMED, f"{asked} in a race, of which some wait for others")
+        if not fork.waits and (again := [b.key for b in fork.branches if b.key in thread.running]):
+            return _Declined(StopReason.MALFORMED, f"thread {again[0]} runs already")
         if n > limit(budget.max_threads_per_fork):
             return _Declined(StopReason.MALFORMED, f"{asked}; max_threads_per_fork={budget.max_threads_per_fork}")
         left = limit(budget.max_thread_tokens) - thread.num_sampled
@@ -385,6 +620,8 @@ class _Program:
             (n > share.threads, f"{share.threads} are left of max_threads={budget.max_threads}"),
             (share.tokens <= n, f"{share.tokens} tokens are left of max_tokens={budget.max_tokens}"),
             (left < 1, f"max_thread_tokens={budget.max_thread_tokens} leaves none to go on with"),
+            (share.tokens < caps.min_tokens, f"fewer than {caps.min_tokens} tokens are left of {budget.max_tokens}"),
+            (thread.num_blocks >= limit(caps.max_blocks), f"the format opens at most {caps.max_blocks} in a thread"),
             (self.room(thread, fork) < 1, f"it and its join need more than max_context={self.engine.max_context}"),
         ):
             if refused:
@@ -393,9 +630,15 @@ class _Program:
 
     def room(self, thread: _Thread, fork: Fork) -> int:
         """Positions that each branch may fill between header and closer, so that the join fits whatever they write."""
-        empty = [ThreadOutcome(header_ids=b.header_ids, token_ids=(), stop=StopReason.LENGTH) for b in fork.branches]
-        closed = [replace(outcome, token_ids=self.format.closer_ids(outcome)) for outcome in empty]
+        closed = [self.blank(branch.header_ids) for branch in fork.branches]
         frame = len(self.format.join(closed).forced_ids)
+        if self.format.join_kind == "message":
+            # What they return is fitted at the join; a thread that starts afresh has the whole context.
+            keep = self.kept(thread, fork)
+            keep = thread.position if keep is None else keep
+            longest = max(len(outcome.header_ids) + len(outcome.token_ids) for outcome in closed)
+            own = self.engine.max_context if fork.fresh else thread.end - thread.position
+            return own - longest if thread.end - keep - frame > 0 else 0
         parts = len(closed) + 1
         if self.format.join_kind == "merge":
             # Branches lie side by side: the longest counts.
@@ -405,10 +648,20 @@ class _Program:
 
     def outcome(self, thread: _Thread) -> ThreadOutcome:
         """What a thread holds so far, for its format."""
+        # Not its context: where a message took a block's place, the block is still part of what it wrote.
         ids = [id for segment in thread.segments for id in self.tree.segments[segment].token_ids]
-        return ThreadOutcome(
-            header_ids=thread.header_ids, token_ids=tuple(ids[len(thread.header_ids) :]), stop=thread.stop
-        )
+        return ThreadOutcome(header_ids=thread.header_ids, token_ids=tuple(ids[thread.num_opening :]), stop=thread.stop)
+
+    def kept(self, thread: _Thread, fork: Fork) -> int | None:
+        """How many ids of its context a parent keeps after the join; None: all of them."""
+        if fork.keep is None:
+            return None
+        return thread.position - len(self.tree.segments[thread.segments[-1]].sampled_ids) + fork.keep
+
+    def blank(self, header_ids: tuple[int, ...]) -> ThreadOutcome:
+        """A thread that wrote nothing and was closed."""
+        empty = ThreadOutcome(header_ids=header_ids, token_ids=(), stop=StopReason.LENGTH)
+        return replace(empty, token_ids=self.format.closer_ids(empty))
 
     def end_what_is_open(self, note: str) -> None:
         """After an early end, let the tree say which segments were cut off."""

@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.errors import TreeError
-from plait.events import Event, RunEnded, RunStarted, SegmentEnded, SegmentStarted, ThreadForked, TokensSampled
+from plait.events import (
+    Event,
+    RunEnded,
+    RunStarted,
+    SegmentEnded,
+    SegmentStarted,
+    ThreadForked,
+    ThreadsCut,
+    TokensSampled,
+)
 from plait.types import Context, JoinKind, Merge, StopReason
 
 
@@ -67,7 +76,8 @@ class Usage:
     forced_tokens: int
     """Written by the runtime, the prompt not counted."""
     reread_tokens: int
-    """Of these, given at concat joins: what the parent reads again."""
+    """Of these, given at concat and message joins: what is computed again for the parent, or for a thread that
+    waited for others."""
     critical_path_tokens: int
     longest_context_tokens: int
     threads: int
@@ -94,6 +104,8 @@ class Tree:
     meta: dict[str, Any] = field(default_factory=dict[str, Any], compare=False)
     stop: StopReason | None = None
     note: str = ""
+    num_dropped: int = field(default=0, compare=False)
+    """Tokens that threads sampled after the moment they were cut at; these depend on timing, the tree does not."""
 
     @classmethod
     def from_events(cls, events: Iterable[Event]) -> Tree:
@@ -141,6 +153,8 @@ class Tree:
             case SegmentEnded():
                 segment = self._open(event.id)
                 segment.stop, segment.note = event.stop, event.note
+            case ThreadsCut():
+                self._cut(event)
             case RunEnded():
                 self.stop, self.note = event.stop, event.note
 
@@ -149,6 +163,22 @@ class Tree:
         if segment is None or segment.stop is not None:
             raise TreeError(f"segment {id} is not open")
         return segment
+
+    def _cut(self, event: ThreadsCut) -> None:
+        firsts = {f"{name}:0" for name in event.threads}
+        if missing := firsts - self.segments.keys():
+            raise TreeError(f"segment {min(missing)} is cut, but it never started")
+        spans, num_sampled = self.spans(), self.num_sampled
+        for s in [s for s in self.segments.values() if _within(s.thread, event.threads)]:
+            kept = event.clock - spans[s.id].start
+            if kept <= 0 and s.id not in firsts:
+                del self.segments[s.id]
+            elif spans[s.id].end >= event.clock:
+                del s.sampled_ids[max(kept, 0) :], s.logprobs[max(kept, 0) :]
+                s.stop, s.note = StopReason.CANCELLED, event.note
+        left = {s.thread for s in self.segments.values()}
+        self.labels = {t: text for t, text in self.labels.items() if t in left or not _within(t, event.threads)}
+        self.num_dropped += num_sampled - self.num_sampled
 
     def path(self, id: str) -> list[Segment]:
         """Segments from the root to `id`, inclusive."""
@@ -170,6 +200,12 @@ class Tree:
         if upto is not None:
             path = path[[s.id for s in path].index(upto) + 1 :]
         for segment in path:
+            if segment.keep == 0:
+                parts, run = [], []
+            elif segment.keep is not None:
+                if parts or upto is not None or segment.keep > len(run):
+                    raise TreeError(f"segment {segment.id} keeps {segment.keep} ids of a context that it cannot cut")
+                del run[segment.keep :]
             if segment.join == "merge" and segment.joins:
                 if run:
                     parts.append(tuple(run))
@@ -243,8 +279,8 @@ class Tree:
 
     @property
     def reread_tokens(self) -> int:
-        """Tokens given at concat joins: a merge join gives none of its threads' tokens again."""
-        return sum(len(s.forced_ids) for s in self.segments.values() if s.joins and s.join == "concat")
+        """Tokens given at concat and message joins: a merge join gives none of its threads' tokens again."""
+        return sum(len(s.forced_ids) for s in self.segments.values() if s.joins and s.join != "merge")
 
     def spans(self) -> dict[str, Span]:
         """When every segment samples: it waits for its parent and for all that it joins, then takes a step a token."""
@@ -282,7 +318,8 @@ class Tree:
         `len_i` is what is strictly inside thread i. Its opening and closing tag, and everything else of the block, is
         charged to the sequential part. T counts the response only, where the published code also counts the prompt.
         Unlike `critical_path` it counts inserted tokens. Nested blocks, which ThreadWeaver has not, count likewise,
-        with each thread's own latency in place of its longest length.
+        with each thread's own latency in place of its longest length. Threads that wait for one another, which it has
+        not either, count as if they did not: `critical_path` is the measure for those.
 
         Args:
             wrapper_tokens: Tokens of a thread that are not strictly inside. By default 3 where threads are read again
@@ -320,6 +357,7 @@ class Tree:
         for s in self.segments.values():
             merged = s.joins if s.join == "merge" else ()
             start = max((ends[id] for id in (s.parent, *merged) if id is not None), default=0)
+            start = start if s.keep is None else s.keep
             ends[s.id] = start + len(s.forced_ids) + len(s.sampled_ids)
         return ends
 
@@ -333,11 +371,12 @@ class Tree:
             total = saved = 0
             for s in own[name]:
                 total += len(s.forced_ids) + len(s.sampled_ids)
-                if not s.joins:
+                if not s.joins or s.parent is None or self.segments[s.parent].thread != name:
                     continue
                 names = [self.segments[id].thread for id in s.joins]
-                wrapper = wrapper_tokens if wrapper_tokens is not None else 2 if s.join == "merge" else 3
-                if s.join == "merge":
+                usual = {"merge": 2, "concat": 3}.get(s.join, 0)
+                wrapper = usual if wrapper_tokens is None else wrapper_tokens
+                if s.join != "concat":
                     total += sum(tokens[n][0] for n in names)
                 else:
                     # What is read again leaves out the end-of-sequence id of a thread.
@@ -347,6 +386,11 @@ class Tree:
                 saved += sum(t for t, _ in inside) - max(t - w for t, w in inside)
             tokens[name] = total, saved
         return tokens
+
+
+def _within(thread: str, names: Iterable[str]) -> bool:
+    """Whether a thread is one of these, or forked by one of them."""
+    return any(thread == name or thread.startswith(f"{name}/") for name in names)
 
 
 def _numbers(thread: str) -> list[tuple[int, ...]]:

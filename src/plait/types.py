@@ -31,7 +31,7 @@ class StopReason(StrEnum):
     MALFORMED = "malformed"
     """The model wrote control tokens that its format cannot read."""
     CANCELLED = "cancelled"
-    """The run was left, or failed elsewhere, while this segment sampled."""
+    """The run was left, or failed elsewhere, while this segment sampled; or another thread ended a race."""
     FORCED = "forced"
     """The runtime wrote this segment itself (a missing closing tag); the engine sampled nothing."""
 
@@ -159,6 +159,8 @@ class Request:
     seed: int = 0
     """Each segment samples with hash(seed, segment id): the result does not depend on timing."""
     logprobs: bool = True
+    conditioned: bool = False
+    """The budget is written into the prompt in the format's own words, for weights that were trained to read it."""
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

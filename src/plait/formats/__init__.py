@@ -6,7 +6,19 @@ from importlib import import_module
 from typing import Any
 
 from plait.errors import nearest
-from plait.formats.base import Block, Branch, Fork, Join, Malformed, ThreadOutcome, Trajectory, TrajectoryFormat
+from plait.formats.base import (
+    Await,
+    Block,
+    Branch,
+    Caps,
+    Fork,
+    Join,
+    Malformed,
+    Return,
+    ThreadOutcome,
+    Trajectory,
+    TrajectoryFormat,
+)
 from plait.formats.render import render
 from plait.tokenizer import Tokenizer
 
@@ -14,6 +26,7 @@ _WHERE = {
     "sequential": ("plait.formats.sequential", "Sequential"),
     "threadweaver": ("plait.formats.threadweaver", "ThreadWeaver"),
     "multiverse": ("plait.formats.multiverse", "Multiverse"),
+    "plait": ("plait.formats.plait", "Plait"),
 }
 FORMATS = tuple(_WHERE)
 
@@ -41,11 +54,14 @@ def open_format(name: str, tokenizer: Tokenizer, **options: Any) -> TrajectoryFo
 
 __all__ = [
     "FORMATS",
+    "Await",
     "Block",
     "Branch",
+    "Caps",
     "Fork",
     "Join",
     "Malformed",
+    "Return",
     "ThreadOutcome",
     "Trajectory",
     "TrajectoryFormat",

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from plait.errors import RequestError
 from plait.tokenizer import Tokenizer
-from plait.types import JoinKind, StopReason
+from plait.types import Budget, JoinKind, StopReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,11 @@ class Branch:
     """Ids the runtime writes to open it."""
     label: str
     """What the thread was told, for people."""
+    key: str = ""
+    """What the model calls it, where it asks for it later (`Await`)."""
+    needs: tuple[int, ...] = ()
+    """Branches of the same fork, by index, that must have ended before it starts. `order` says whether that is
+    possible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +37,22 @@ class Fork:
     branches: tuple[Branch, ...]
     note: str = ""
     """What had to be repaired, in plain words; empty for a well-formed block."""
+    fresh: bool = False
+    """True: a thread's context is its header alone; it does not see its parent."""
+    race: bool = False
+    """True: the first thread that succeeds, by its own critical path in tokens, ends the block."""
+    waits: bool = True
+    """False: the parent goes on at once, and reads the threads where it asks for them with an `Await`."""
+    keep: int | None = None
+    """After the join, how many of the ids sampled in the call stay: a message join puts its text in the block's
+    place. None: all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Await:
+    """The model asks for threads that it forked without waiting."""
+
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +71,8 @@ class ThreadOutcome:
     """Everything after the header: sampled ids, and what nested joins inserted."""
     stop: StopReason
     """Of its last segment, before any forced closing."""
+    won: bool | None = None
+    """In a race: whether this thread won it. None where there is no race."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +83,32 @@ class Join:
     """concat: the threads' text and what follows. merge: what follows the merged threads (at least one id)."""
     end: bool = False
     """True where the format's rule is that the trajectory ends here."""
+    kind: JoinKind | None = None
+    """Where this join is of another kind than the format's: `message` where a concat format passes conclusions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caps:
+    """Limits that belong to a format, whatever the request's budget: those of its paper's runtime."""
+
+    max_blocks: int | None = None
+    """Blocks that one thread may open."""
+    min_tokens: int = 0
+    """Sampled tokens that must be left to a thread for a block to open."""
 
 
 class TrajectoryFormat(Protocol):
-    """Where a thread forks, how each branch opens, what the parent reads at the join."""
+    """Where a thread forks, how each branch opens, what the parent reads at the join.
+
+    Inherit from it: what most formats do alike has a default.
+    """
 
     name: str
     paper: str
     join_kind: JoinKind
     fork_ids: tuple[int, ...]
     """Control ids that begin a block: banned where the budget declines forks."""
+    caps: Caps = Caps()
 
     def stop_ids(self, depth: int) -> tuple[int, ...]:
         """Ids that end a call of a thread at this depth (root: 0). End-of-sequence ids are `eos_ids`."""
@@ -76,9 +116,29 @@ class TrajectoryFormat(Protocol):
 
     def eos_ids(self) -> tuple[int, ...]: ...
 
-    def parse(self, sampled_ids: Sequence[int], depth: int) -> Fork | Malformed | None:
+    def begin(self) -> Fork | None:
+        """A block that the run starts with, before the model says anything; None where the model decides."""
+        return None
+
+    def parse(self, sampled_ids: Sequence[int], depth: int) -> Fork | Await | Malformed | None:
         """Read the end of a call that stopped on a stop id. None: no fork was asked for."""
         ...
+
+    def opening(self, branch: Branch, reads: Sequence[ThreadOutcome]) -> Join:
+        """What the runtime writes to open a thread that waited for others, in the order of `branch.needs`."""
+        return Join(forced_ids=branch.header_ids)
+
+    def succeeded(self, outcome: ThreadOutcome) -> bool:
+        """Whether a thread of a race found what was searched."""
+        return False
+
+    def condition(self, prompt_ids: Sequence[int], budget: Budget) -> tuple[int, ...]:
+        """A prompt that says the budget, in the form that models of this format are trained on.
+
+        Raises:
+            RequestError: The format has no such form.
+        """
+        raise RequestError(f"the {self.name} format has no way to write a budget into a prompt (plait and apr have)")
 
     def closer_ids(self, outcome: ThreadOutcome) -> tuple[int, ...]:
         """What the runtime appends to a thread that did not close itself; empty where it did."""
@@ -88,17 +148,45 @@ class TrajectoryFormat(Protocol):
         """What the parent reads. Outcomes are in outline order and closed."""
         ...
 
-    def open_text(self, labels: Sequence[str]) -> str:
-        """What the model writes to open a block with these outlines."""
+    def open_text(self, block: Block) -> str:
+        """What the model writes to open a block."""
         ...
 
-    def thread_text(self, body: str) -> str:
-        """What the model writes as one thread, its closing tag included."""
+    lead: str = ""
+    """What the model writes between a thread's header and its text."""
+
+    def end_text(self, returns: str | None) -> str:
+        """What the model writes to end a thread: what it returns, where it does, and the closing tag."""
         ...
+
+    def thread_text(self, body: str, returns: str | None = None) -> str:
+        """What the model writes as one thread without blocks."""
+        return f"{self.lead}{body}{self.end_text(returns)}"
 
     def close_text(self, conclusion: str) -> str:
         """What the model writes after the join to close the block."""
         ...
+
+    @classmethod
+    def tags(cls) -> tuple[str, ...]:
+        """The control tokens of this format."""
+        return ()
+
+    def write(self, trajectory: Trajectory) -> str:
+        """A trajectory as text, every thread in its place.
+
+        Raises:
+            RequestError: It has something that this format has no form for.
+        """
+        raise RequestError(f"the {self.name} format has no text of its own")
+
+    def read(self, text: str) -> Trajectory:
+        """The trajectory that `write` wrote; no other spelling is accepted.
+
+        Raises:
+            FormatError: The text is not of this format; it says line and column.
+        """
+        raise RequestError(f"the {self.name} format has no text of its own")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +197,33 @@ class Block:
     threads: tuple[Trajectory, ...]
     conclusion: str = ""
     """What the model writes inside the block after the join; only in formats that have a place for it."""
+    needs: tuple[tuple[int, ...], ...] = ()
+    """For each thread, the threads it waits for, by index; empty where none does."""
+    race: bool = False
+    """Whether the first thread that succeeds ends the block."""
 
 
-Trajectory: TypeAlias = tuple["str | Block", ...]
-"""Plain text and blocks, in order."""
+@dataclass(frozen=True, slots=True)
+class Return:
+    """The end of a thread: what its parent reads of it; only in formats that have a place for it."""
+
+    text: str
+
+
+Trajectory: TypeAlias = tuple["str | Block | Return", ...]
+"""Plain text and blocks, in order; in a thread perhaps a `Return` as the last part."""
+
+
+def order(needs: Sequence[Sequence[int]]) -> list[int] | None:
+    """Threads in an order in which each comes after all that it needs, else as written; None where there is none."""
+    left, done = list(range(len(needs))), list[int]()
+    while left:
+        ready = next((i for i in left if all(n in done for n in needs[i])), None)
+        if ready is None:
+            return None
+        left.remove(ready)
+        done.append(ready)
+    return done
 
 
 def ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

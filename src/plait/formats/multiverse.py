@@ -13,9 +13,8 @@ block inside a path is plain text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
-from plait.formats.base import Join, ThreadOutcome, ids
+from plait.formats.base import Block, Join, ThreadOutcome, ids
 from plait.formats.tagged import TaggedFormat
 from plait.tokenizer import Tokenizer
 from plait.types import JoinKind
@@ -24,28 +23,29 @@ from plait.types import JoinKind
 class Multiverse(TaggedFormat):
     """Goal, paths, conclusion; merge join."""
 
-    name: ClassVar[str] = "multiverse"
-    paper: ClassVar[str] = "arXiv:2506.09991"
-    join_kind: ClassVar[JoinKind] = "merge"
-    outlines: ClassVar[str] = "Goal"
-    thread: ClassVar[str] = "Path"
+    name: str = "multiverse"
+    paper: str = "arXiv:2506.09991"
+    join_kind: JoinKind = "merge"
+    outlines: str = "Goal"
+    thread: str = "Path"
+    closing: str = "Conclusion"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
-        self._conclusion = ids(tokenizer, "<Conclusion>")
+        self._after = ids(tokenizer, self.after_text())
 
     def header_text(self, number: str) -> str:
         return f"<Path>{number}:"
 
+    def after_text(self) -> str:
+        return "<Conclusion>"
+
     def join(self, threads: Sequence[ThreadOutcome]) -> Join:
-        return Join(forced_ids=self._conclusion)
+        return Join(forced_ids=self._after)
 
-    def open_text(self, labels: Sequence[str]) -> str:
-        outlines = "".join(f"<Outline>{i}: {label}</Outline>" for i, label in enumerate(labels, 1))
+    def open_text(self, block: Block) -> str:
+        outlines = "".join(self.outline_text(block, i) for i in range(len(block.outlines)))
         return f"<Parallel><Goal>{outlines}</Goal>"
-
-    def thread_text(self, body: str) -> str:
-        return f" {body}</Path>"
 
     def close_text(self, conclusion: str) -> str:
         return f"{conclusion}</Conclusion></Parallel>"

@@ -1,4 +1,4 @@
-"""Turns a trajectory in text into the tree that a run of it would be: who wrote each token, what each call saw.
+"""Turns a trajectory into the tree that a run of it would be: who wrote each token, what each call saw.
 
 The gold traces that models are trained on are rendered here, so a packed training row equals the engine calls of a
 run to the token. Knows nothing of engines.
@@ -7,12 +7,14 @@ run to the token. Knows nothing of engines.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from plait.events import SegmentEnded, SegmentStarted, ThreadForked, TokensSampled
-from plait.formats.base import Block, Fork, ThreadOutcome, Trajectory, TrajectoryFormat, ids
+from plait.events import SegmentEnded, SegmentStarted, ThreadForked, ThreadsCut, TokensSampled
+from plait.formats.base import Block, Fork, Join, ThreadOutcome, Trajectory, TrajectoryFormat, ids, order
+from plait.formats.tagged import ended
 from plait.tokenizer import Tokenizer
 from plait.tree import Tree
-from plait.types import StopReason
+from plait.types import StopReason, context_positions
 
 
 def render(
@@ -20,8 +22,10 @@ def render(
 ) -> Tree:
     """The tree of a finished run that wrote this trajectory after this prompt.
 
+    In a race the threads after the winner's end are cut where a run would cut them.
+
     Raises:
-        RequestError: A text is not in the vocabulary.
+        RequestError: A text is not in the vocabulary, or the format has no form for a part of the trajectory.
     """
     return _Renderer(format, tokenizer).run(trajectory, tuple(prompt_ids))
 
@@ -29,10 +33,13 @@ def render(
 class _Renderer:
     def __init__(self, format: TrajectoryFormat, tokenizer: Tokenizer) -> None:
         self.format, self.tokenizer, self.tree = format, tokenizer, Tree()
+        self.note = ""
+        """For the next segment: how the race before it ended."""
 
     def run(self, trajectory: Trajectory, prompt_ids: tuple[int, ...]) -> Tree:
-        eos = self.tokenizer.eos_ids[:1]
-        self._thread("0", None, prompt_ids, trajectory, closing=eos, stop=StopReason.EOS, depth=0)
+        # What the format has no form for is refused here, by its own writing.
+        self.format.write(trajectory)
+        self._thread("0", None, Join(forced_ids=prompt_ids), trajectory, depth=0)
         self.tree.stop = StopReason.EOS
         return self.tree
 
@@ -40,66 +47,107 @@ class _Renderer:
         self,
         name: str,
         parent: str | None,
-        forced: tuple[int, ...],
+        opening: Join,
         trajectory: Trajectory,
         *,
-        closing: tuple[int, ...],
-        stop: StopReason,
         depth: int,
-    ) -> list[str]:
-        """Segments of one thread; the ids of those that belong to it, last one last."""
-        done: list[str] = []
-        text = ""
-        joins: tuple[str, ...] = ()
-        for part in trajectory:
+        joins: tuple[str, ...] = (),
+        keep: int | None = None,
+    ) -> tuple[tuple[int, ...], StopReason]:
+        """Write the segments of one thread; its ids after the opening, and how it ended."""
+        body, returns = ended(trajectory)
+        text = self.format.lead if depth else ""
+        begin = None if depth else self.format.begin()
+        written: list[int] = []
+        number = 0
+        for part in body:
             if isinstance(part, str):
                 text += part
                 continue
-            id = f"{name}:{len(done)}"
-            sampled = ids(self.tokenizer, text + self.format.open_text(part.outlines))
-            self._segment(id, parent, joins, forced, sampled, StopReason.STOP)
-            done.append(id)
-            outcomes, joins = self._block(f"{name}/{len(done) - 1}", id, part, sampled, depth)
-            parent, forced, text = id, self.format.join(outcomes).forced_ids, self.format.close_text(part.conclusion)
-        id = f"{name}:{len(done)}"
-        self._segment(id, parent, joins, forced, (*ids(self.tokenizer, text), *closing), stop)
-        return [*done, id]
+            assert isinstance(part, Block)
+            id = f"{name}:{number}"
+            open_text = self.format.open_text(part)
+            assert begin is None or not text + open_text, "the format begins with a block"
+            sampled = ids(self.tokenizer, text + open_text)
+            self._segment(id, parent, opening, joins, keep, sampled, StopReason.STOP if sampled else StopReason.FORCED)
+            written += (*(opening.forced_ids if number else ()), *sampled)
+            fork = begin or self.format.parse(sampled, depth)
+            begin = None
+            assert isinstance(fork, Fork), "the format cannot read its block"
+            opening, joins = self._block(f"{name}/{number}", id, part, fork, depth)
+            keep = None if fork.keep is None else self._length(id) - len(sampled) + fork.keep
+            parent, text, number = id, self.format.close_text(part.conclusion), number + 1
+        if depth:
+            sampled = ids(self.tokenizer, text + self.format.end_text(returns))
+        else:
+            sampled = (*ids(self.tokenizer, text), *self.tokenizer.eos_ids[:1])
+        stop = StopReason.EOS if sampled[-1:] == self.tokenizer.eos_ids[:1] else StopReason.STOP
+        self._segment(f"{name}:{number}", parent, opening, joins, keep, sampled, stop)
+        written += (*(opening.forced_ids if number else ()), *sampled)
+        return tuple(written), stop
 
-    def _block(
-        self, name: str, segment: str, block: Block, sampled: Sequence[int], depth: int
-    ) -> tuple[list[ThreadOutcome], tuple[str, ...]]:
-        fork = self.format.parse(sampled, depth)
-        assert isinstance(fork, Fork), "the format cannot read its block"
+    def _block(self, name: str, segment: str, block: Block, fork: Fork, depth: int) -> tuple[Join, tuple[str, ...]]:
         assert len(fork.branches) == len(block.threads), "an outline is missing or stands twice"
         threads = tuple(f"{name}.{i}" for i in range(len(fork.branches)))
         labels = tuple(branch.label for branch in fork.branches)
         self.tree.apply(ThreadForked(segment=segment, threads=threads, labels=labels))
-        outcomes: list[ThreadOutcome] = []
-        joins: list[str] = []
-        for thread, branch, trajectory in zip(threads, fork.branches, block.threads, strict=True):
-            assert all(isinstance(part, str) for part in trajectory), f"{self.format.name} has no nested blocks"
-            body = self.format.thread_text("".join(map(str, trajectory)))
-            segments = self._thread(
-                thread, segment, branch.header_ids, (body,), closing=(), stop=StopReason.STOP, depth=depth + 1
+        outcomes: dict[int, ThreadOutcome] = {}
+        for i in order([branch.needs for branch in fork.branches]) or ():
+            branch = fork.branches[i]
+            reads = [outcomes[n] for n in branch.needs]
+            written, stop = self._thread(
+                threads[i],
+                segment,
+                self.format.opening(branch, reads) if reads else Join(forced_ids=branch.header_ids),
+                block.threads[i],
+                depth=depth + 1,
+                joins=tuple(self._last(threads[n]) for n in branch.needs),
+                keep=0 if fork.fresh else None,
             )
-            written = self.tree.segments[segments[-1]]
-            outcome = ThreadOutcome(
-                header_ids=branch.header_ids, token_ids=tuple(written.sampled_ids), stop=StopReason.STOP
-            )
-            outcomes.append(outcome)
-            joins.append(segments[-1])
-        return outcomes, tuple(joins)
+            outcomes[i] = ThreadOutcome(header_ids=branch.header_ids, token_ids=written, stop=stop)
+        read = [outcomes[i] for i in range(len(threads))]
+        if fork.race:
+            read = self._decide(threads, read)
+        return self.format.join(read), tuple(self._last(thread) for thread in threads)
+
+    def _decide(self, threads: tuple[str, ...], outcomes: list[ThreadOutcome]) -> list[ThreadOutcome]:
+        """Who won a race, by the rule of `plait.session`; the others are cut there."""
+        spans = self.tree.spans()
+        clocks = [spans[self._last(thread)].end for thread in threads]
+        found = [i for i, outcome in enumerate(outcomes) if self.format.succeeded(outcome)]
+        winner = min(found, key=lambda i: clocks[i], default=None)
+        if winner is not None and len(threads) > 1:
+            losers = tuple(thread for i, thread in enumerate(threads) if i != winner)
+            note = f"cut: {threads[winner]} ended the race"
+            self.tree.apply(ThreadsCut(threads=losers, clock=clocks[winner], note=note))
+            self.tree.num_dropped = 0
+            self.note = f"{threads[winner]} ended the race of {len(threads)} threads"
+        return [replace(outcome, won=i == winner) for i, outcome in enumerate(outcomes)]
+
+    def _last(self, thread: str) -> str:
+        """Last segment of a thread."""
+        own = (s.id for s in self.tree.segments.values() if s.thread == thread)
+        return max(own, key=lambda id: int(id.rpartition(":")[2]))
+
+    def _length(self, id: str) -> int:
+        """Positions at the end of a segment."""
+        return context_positions(self.tree.context(id)) + len(self.tree.segments[id].sampled_ids)
 
     def _segment(
         self,
         id: str,
         parent: str | None,
+        opening: Join,
         joins: tuple[str, ...],
-        forced: tuple[int, ...],
+        keep: int | None,
         sampled: tuple[int, ...],
         stop: StopReason,
     ) -> None:
-        join = self.format.join_kind if joins else "none"
-        self.tree.apply(SegmentStarted(id=id, parent=parent, joins=joins, join=join, forced_ids=forced))
-        self.tree.apply(TokensSampled(id=id, token_ids=sampled, logprobs=(0.0,) * len(sampled)))
-        self.tree.apply(SegmentEnded(id=id, stop=stop))
+        join = (opening.kind or self.format.join_kind) if joins else "none"
+        self.tree.apply(
+            SegmentStarted(id=id, parent=parent, joins=joins, join=join, keep=keep, forced_ids=opening.forced_ids)
+        )
+        if sampled:
+            self.tree.apply(TokensSampled(id=id, token_ids=sampled, logprobs=(0.0,) * len(sampled)))
+        self.tree.apply(SegmentEnded(id=id, stop=stop, note=self.note))
+        self.note = ""

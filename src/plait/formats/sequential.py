@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plait.formats.base import Fork, Join, Malformed, ThreadOutcome
+from plait.formats.base import Block, Fork, Join, Malformed, Return, ThreadOutcome, Trajectory, TrajectoryFormat
+from plait.formats.text import refuse
 from plait.tokenizer import Tokenizer
 from plait.types import JoinKind
 
 
-class Sequential:
+class Sequential(TrajectoryFormat):
     """One line of reasoning until end-of-sequence; control tokens of other formats are plain text."""
 
     name = "sequential"
     paper = "-"
     join_kind: JoinKind = "none"
     fork_ids: tuple[int, ...] = ()
+    lead = ""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._eos = tokenizer.eos_ids
@@ -35,7 +37,23 @@ class Sequential:
     def join(self, threads: Sequence[ThreadOutcome]) -> Join:
         raise AssertionError("the sequential format never forks")
 
-    def open_text(self, labels: Sequence[str]) -> str:
-        raise AssertionError("the sequential format never forks")
+    def open_text(self, block: Block) -> str:
+        raise refuse(self.name, "a block")
 
-    thread_text = close_text = open_text
+    def end_text(self, returns: str | None) -> str:
+        raise refuse(self.name, "a thread")
+
+    def close_text(self, conclusion: str) -> str:
+        raise refuse(self.name, "a block")
+
+    @classmethod
+    def tags(cls) -> tuple[str, ...]:
+        return ()
+
+    def write(self, trajectory: Trajectory) -> str:
+        if any(isinstance(part, (Block, Return)) for part in trajectory):
+            raise refuse(self.name, "a block")
+        return "".join(map(str, trajectory))
+
+    def read(self, text: str) -> Trajectory:
+        return (text,) if text else ()

@@ -1,7 +1,8 @@
-"""What the flat tag formats share: a block lists numbered outlines, one thread runs for each, the parent goes on.
+"""What the tag formats share: a block lists numbered outlines, one thread runs for each, the parent goes on.
 
 Reads only ids sampled in the present call. Knows nothing of engines. A subclass names its tags, its spacing and its
-join; see `threadweaver.py` and `multiverse.py`.
+join; see `threadweaver.py` and `multiverse.py`. `write` and `read` are the same grammar as plain text, every thread in
+its place: what data sets hold and what `plait validate` checks.
 """
 
 from __future__ import annotations
@@ -9,33 +10,59 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 from plait.errors import RequestError
-from plait.formats.base import Branch, Fork, Join, Malformed, ThreadOutcome, ids
+from plait.formats.base import (
+    Block,
+    Branch,
+    Fork,
+    Join,
+    Malformed,
+    Return,
+    ThreadOutcome,
+    Trajectory,
+    TrajectoryFormat,
+    ids,
+    order,
+)
+from plait.formats.text import Scanner, compare, fail, refuse
 from plait.tokenizer import Tokenizer
 from plait.types import JoinKind
 
-_NUMBERED = re.compile(r"\s*(\d+(?:\.\d+)*)\s*:\s*(.*?)\s*$", re.DOTALL)
+NUMBER = r"\d+(?:\.\d+)*"
+_NUMBERED = re.compile(rf"\s*({NUMBER})\s*:\s*(.*?)\s*$", re.DOTALL)
 
 
-class TaggedFormat(ABC):
-    """A block of numbered outlines and as many threads, one level deep.
+class TaggedFormat(TrajectoryFormat, ABC):
+    """A block of numbered outlines and as many threads.
 
     Args:
-        tokenizer: Its vocabulary must hold the fork and the closing tag as one control token each.
+        tokenizer: Its vocabulary must hold the tags that are read as one control token each.
 
     Raises:
         RequestError: It does not.
     """
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    join_kind: ClassVar[JoinKind]
-    block: ClassVar[str] = "Parallel"
-    outlines: ClassVar[str]
-    outline: ClassVar[str] = "Outline"
-    thread: ClassVar[str]
+    name: str
+    paper: str
+    join_kind: JoinKind
+    block: str = "Parallel"
+    """Tag around a block; empty where the outlines begin it."""
+    outlines: str
+    outline: str = "Outline"
+    thread: str
+    closing: str = ""
+    """Tag of what the model writes inside the block after the join; empty where there is none."""
+    returns: str = ""
+    """Tag of what a thread returns; empty where it returns all that it wrote."""
+    nested: bool = False
+    """Whether a block inside a thread is one; else it is plain text."""
+    dependent: bool = False
+    """Whether an outline may name outlines that it needs."""
+    racing: bool = False
+    """Whether a block may be a race."""
+    lead: str = " "
+    """What the model writes between a thread's header and its text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -45,7 +72,8 @@ class TaggedFormat(ABC):
         self._outline_open = self._control(f"<{self.outline}>")
         self._outline_close = self._control(f"</{self.outline}>")
         self._thread_close = self._control(f"</{self.thread}>")
-        self.fork_ids = (self._control(f"<{self.block}>"), self._outlines_open, self._fork)
+        block = (self._control(f"<{self.block}>"),) if self.block else ()
+        self.fork_ids = (*block, self._outlines_open, self._fork)
 
     def _control(self, tag: str) -> int:
         id = self._tokenizer.control_id(tag)
@@ -54,39 +82,47 @@ class TaggedFormat(ABC):
         return id
 
     def stop_ids(self, depth: int) -> tuple[int, ...]:
-        # No nesting: inside a thread a block is plain text, the only stop is the closing tag.
-        return (self._thread_close,) if depth else (self._fork,)
+        # Without nesting a block inside a thread is plain text, the only stop is the closing tag.
+        if not depth:
+            return (self._fork,)
+        return (self._fork, self._thread_close) if self.nested else (self._thread_close,)
 
     def eos_ids(self) -> tuple[int, ...]:
         return self._eos
 
     def parse(self, sampled_ids: Sequence[int], depth: int) -> Fork | Malformed | None:
         """Threads for the numbers after the last opening tag; repeated numbers count once."""
-        if depth or not sampled_ids or sampled_ids[-1] != self._fork:
+        if (depth and not self.nested) or not sampled_ids or sampled_ids[-1] != self._fork:
             return None
-        plans, notes = self._plans(sampled_ids)
-        if not plans:
-            return Malformed(note="a block without a numbered outline")
-        branches = tuple(
-            Branch(header_ids=self._header(number), label=plan or number) for number, plan in plans.items()
-        )
-        return Fork(branches=branches, note="; ".join(notes))
-
-    def _plans(self, sampled_ids: Sequence[int]) -> tuple[dict[str, str], list[str]]:
-        """Plan by number, in the order written, and what was wrong with the rest."""
         end = len(sampled_ids) - 1
         starts = [i for i in range(end) if sampled_ids[i] == self._outlines_open]
-        plans: dict[str, str] = {}
         notes = [] if starts else [f"no <{self.outlines}>"]
-        for text in self._outline_texts(sampled_ids[(starts[-1] + 1 if starts else 0) : end]):
-            match = _NUMBERED.match(text)
+        body = sampled_ids[(starts[-1] + 1 if starts else 0) : end]
+        plans: dict[str, tuple[str, tuple[str, ...]]] = {}
+        for text in self._outline_texts(body):
+            match = self.numbered(text)
             if match is None:
                 notes.append("an outline without a number")
-            elif match[1] in plans:
-                notes.append(f"outline {match[1]} twice")
+            elif match[0] in plans:
+                notes.append(f"outline {match[0]} twice")
             else:
-                plans[match[1]] = match[2]
-        return plans, notes
+                plans[match[0]] = match[1], match[2]
+        return self._forked(plans, notes, self._tokenizer.decode(_before(body, self._outline_open)))
+
+    def _forked(
+        self, plans: dict[str, tuple[str, tuple[str, ...]]], notes: list[str], head: str
+    ) -> Fork | Malformed | None:
+        """The fork for plans and needs by number, and for what stands before the first outline."""
+        if not plans:
+            return Malformed(note="a block without a numbered outline")
+        at = {number: i for i, number in enumerate(plans)}
+        branches: list[Branch] = []
+        for number, (plan, names) in plans.items():
+            known = tuple(dict.fromkeys(at[name] for name in names if name in at))
+            if unknown := [name for name in names if name not in at]:
+                notes.append(f"outline {number} needs {unknown[0]}, which is not there")
+            branches.append(Branch(header_ids=self._header(number), label=plan or number, key=number, needs=known))
+        return Fork(branches=tuple(branches), note="; ".join(notes), race=self.is_race(head))
 
     def _outline_texts(self, body: Sequence[int]) -> list[str]:
         texts: list[str] = []
@@ -109,19 +145,195 @@ class TaggedFormat(ABC):
     @abstractmethod
     def join(self, threads: Sequence[ThreadOutcome]) -> Join: ...
 
+    def numbered(self, text: str) -> tuple[str, str, tuple[str, ...]] | None:
+        """Number, plan and the numbers it needs of an outline; None where it has no number."""
+        match = _NUMBERED.match(text)
+        return match and (match[1], match[2], ())
+
+    def is_race(self, head: str) -> bool:
+        """Whether what stands before the first outline asks for a race."""
+        return False
+
     @abstractmethod
     def header_text(self, number: str) -> str:
         """What the runtime writes to open a thread."""
+
+    def glued_text(self, number: str) -> str:
+        """The header of a thread as it is read after another thread."""
+        return self.header_text(number)
 
     def closer_text(self) -> str:
         """What the runtime appends to a thread that did not close itself."""
         return f"</{self.thread}>"
 
     @abstractmethod
-    def open_text(self, labels: Sequence[str]) -> str: ...
+    def after_text(self) -> str:
+        """What the runtime writes after the threads."""
 
-    @abstractmethod
-    def thread_text(self, body: str) -> str: ...
+    def outline_text(self, block: Block, i: int) -> str:
+        return f"<{self.outline}>{i + 1}: {block.outlines[i]}</{self.outline}>"
 
-    @abstractmethod
-    def close_text(self, conclusion: str) -> str: ...
+    def end_text(self, returns: str | None) -> str:
+        assert returns is None, f"a thread of the {self.name} format returns all that it wrote"
+        return self.closer_text()
+
+    @classmethod
+    def tags(cls) -> tuple[str, ...]:
+        names = dict.fromkeys((cls.block, cls.outlines, cls.outline, cls.thread, cls.closing, cls.returns))
+        return tuple(f"<{slash}{name}>" for name in names if name for slash in ("", "/"))
+
+    def write(self, trajectory: Trajectory) -> str:
+        return self._text(trajectory, 0)
+
+    def _text(self, trajectory: Trajectory, depth: int) -> str:
+        texts: list[str] = []
+        for part in trajectory:
+            if isinstance(part, Return):
+                raise refuse(self.name, "a return that does not end a thread")
+            texts.append(self._block_text(part, depth) if isinstance(part, Block) else part)
+        return "".join(texts)
+
+    def _block_text(self, block: Block, depth: int) -> str:
+        self._refuse(block, depth)
+        texts = [self.open_text(block)]
+        for i, thread in enumerate(block.threads):
+            body, returns = ended(thread)
+            if returns is not None and not self.returns:
+                raise refuse(self.name, "a thread that returns a part of what it wrote")
+            header = self.glued_text(str(i + 1)) if i else self.header_text(str(i + 1))
+            texts += [header, self.lead, self._text(body, depth + 1), self.end_text(returns)]
+        return "".join([*texts, self.after_text(), self.close_text(block.conclusion)])
+
+    def _refuse(self, block: Block, depth: int) -> None:
+        if not block.threads or len(block.outlines) != len(block.threads):
+            raise refuse(self.name, f"{len(block.outlines)} outlines and {len(block.threads)} threads")
+        if depth and not self.nested:
+            raise refuse(self.name, "a block inside a thread")
+        if any(block.needs) and not self.dependent:
+            raise refuse(self.name, "threads that need others")
+        if block.race and not self.racing:
+            raise refuse(self.name, "a race")
+
+    def read(self, text: str) -> Trajectory:
+        scan = Scanner(text, self.tags())
+        parts = self._read_parts(scan, 0)
+        if scan.at < len(text):
+            raise scan.fail(f"{scan.tag} belongs to no block")
+        trajectory = tuple(parts)
+        compare(text, self.write(trajectory))
+        return trajectory
+
+    def _read_parts(self, scan: Scanner, depth: int) -> list[str | Block | Return]:
+        """Text and blocks, up to a tag that is neither."""
+        parts: list[str | Block | Return] = []
+        opener = f"<{self.block or self.outlines}>"
+        while True:
+            text = scan.plain()
+            if text:
+                parts.append(text)
+            if scan.tag != opener:
+                return parts
+            if depth and not self.nested:
+                raise scan.fail(f"a block inside a thread: the {self.name} format does not nest")
+            parts.append(self._read_block(scan, depth))
+
+    def _read_block(self, scan: Scanner, depth: int) -> Block:
+        if self.block:
+            scan.take(f"<{self.block}>")
+            scan.blank()
+        head, plans = self._read_outlines(scan)
+        threads = [self._read_thread(scan, i, depth) for i in range(len(plans))]
+        scan.blank()
+        conclusion = ""
+        if self.closing:
+            scan.take(f"<{self.closing}>")
+            conclusion = scan.plain()
+            scan.take(f"</{self.closing}>")
+            scan.blank() if self.block else None
+        if self.block:
+            scan.take(f"</{self.block}>")
+        needs = tuple(tuple(int(name) - 1 for name in names) for _, names in plans)
+        return Block(
+            outlines=tuple(plan for plan, _ in plans),
+            threads=tuple(threads),
+            conclusion=self._unspaced(conclusion),
+            needs=needs if any(needs) else (),
+            race=self.is_race(head),
+        )
+
+    def _read_outlines(self, scan: Scanner) -> tuple[str, list[tuple[str, tuple[str, ...]]]]:
+        scan.take(f"<{self.outlines}>")
+        start, head = scan.at, scan.plain()
+        if head.strip() and not self.is_race(head):
+            raise fail(scan.text, start, f"text before the first outline: {head.strip()!r}")
+        plans: list[tuple[str, tuple[str, ...]]] = []
+        places: list[int] = []
+        while scan.tag == f"<{self.outline}>":
+            scan.take(f"<{self.outline}>")
+            places.append(scan.at)
+            found = self.numbered(scan.plain())
+            if found is None:
+                raise fail(scan.text, places[-1], "an outline without a number")
+            if found[0] != str(len(plans) + 1):
+                raise fail(scan.text, places[-1], f"outline {found[0]} stands where {len(plans) + 1} belongs")
+            plans.append(found[1:])
+            scan.take(f"</{self.outline}>")
+            scan.blank()
+        if not plans:
+            raise scan.fail("a block without a numbered outline")
+        scan.take(f"</{self.outlines}>")
+        known = {str(i) for i in range(1, len(plans) + 1)}
+        for place, (_, names) in zip(places, plans, strict=True):
+            if unknown := [name for name in names if name not in known]:
+                raise fail(scan.text, place, f"it needs outline {unknown[0]}, which is not there")
+        if order([[int(name) - 1 for name in names] for _, names in plans]) is None:
+            raise fail(scan.text, start, "outlines that wait for each other")
+        if self.is_race(head) and any(names for _, names in plans):
+            raise fail(scan.text, start, "a race whose threads wait for each other")
+        return head, plans
+
+    def _read_thread(self, scan: Scanner, i: int, depth: int) -> Trajectory:
+        scan.blank()
+        scan.take(f"<{self.thread}>")
+        match = re.compile(rf"\s*({NUMBER})\s*:").match(scan.text, scan.at)
+        if match is None:
+            raise scan.fail("a thread without a number")
+        if match[1] != str(i + 1):
+            raise scan.fail(f"thread {match[1]} stands where {i + 1} belongs")
+        scan.at = match.end()
+        if not scan.text.startswith(self.lead, scan.at):
+            raise scan.fail(f"expected {self.lead!r} after the number")
+        scan.at += len(self.lead)
+        parts = self._read_parts(scan, depth + 1)
+        returns: str | None = None
+        if self.returns and scan.tag == f"<{self.returns}>":
+            scan.take(f"<{self.returns}>")
+            returns = scan.plain()
+            scan.take(f"</{self.returns}>")
+            scan.blank()
+        scan.take(f"</{self.thread}>")
+        return self._thread_parts(parts, returns)
+
+    def _thread_parts(self, parts: list[str | Block | Return], returns: str | None) -> Trajectory:
+        """A thread's parts without the spacing at its end."""
+        spacing = self.end_text(returns).partition("<")[0]
+        if parts and isinstance(parts[-1], str) and spacing:
+            parts[-1] = parts[-1].removesuffix(spacing)
+        kept = [part for part in parts if part]
+        return (*kept, Return(self._unspaced(returns))) if returns is not None else tuple(kept)
+
+    def _unspaced(self, text: str) -> str:
+        """What stands between the tags of a conclusion, without the spacing that the format puts there."""
+        return text
+
+
+def ended(thread: Trajectory) -> tuple[Trajectory, str | None]:
+    """A thread's parts, and what it returns; None where it has no `Return`."""
+    if thread and isinstance(thread[-1], Return):
+        return thread[:-1], thread[-1].text
+    return thread, None
+
+
+def _before(ids: Sequence[int], mark: int) -> Sequence[int]:
+    ids = list(ids)
+    return ids[: ids.index(mark)] if mark in ids else ids

@@ -21,9 +21,8 @@ no code of the released implementation is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
-from plait.formats.base import Join, ThreadOutcome, ids
+from plait.formats.base import Block, Join, ThreadOutcome, ids
 from plait.formats.tagged import TaggedFormat
 from plait.tokenizer import Tokenizer
 from plait.types import JoinKind
@@ -37,23 +36,31 @@ class ThreadWeaver(TaggedFormat):
             model writes the conclusion, `</Conclusion>` and `</Parallel>`.
     """
 
-    name: ClassVar[str] = "threadweaver"
-    paper: ClassVar[str] = "arXiv:2512.07843"
-    join_kind: ClassVar[JoinKind] = "concat"
-    outlines: ClassVar[str] = "Outlines"
-    thread: ClassVar[str] = "Thread"
+    name: str = "threadweaver"
+    paper: str = "arXiv:2512.07843"
+    join_kind: JoinKind = "concat"
+    outlines: str = "Outlines"
+    thread: str = "Thread"
 
     def __init__(self, tokenizer: Tokenizer, *, conclusion: bool = False) -> None:
         super().__init__(tokenizer)
         self.conclusion = conclusion
+        if conclusion:
+            self.closing = "Conclusion"
         self._newline = ids(tokenizer, "\n")
-        self._after = ids(tokenizer, "\n<Conclusion>\n" if conclusion else "\n")
+        self._after = ids(tokenizer, self.after_text())
 
     def header_text(self, number: str) -> str:
         return f"\n<Thread>\n{number}:"
 
+    def glued_text(self, number: str) -> str:
+        return f"<Thread>\n{number}:"
+
     def closer_text(self) -> str:
         return "\n</Thread>"
+
+    def after_text(self) -> str:
+        return "\n<Conclusion>\n" if self.conclusion else "\n"
 
     def join(self, threads: Sequence[ThreadOutcome]) -> Join:
         text: list[int] = []
@@ -63,12 +70,17 @@ class ThreadWeaver(TaggedFormat):
             text += (id for id in thread.token_ids if id not in self._eos)
         return Join(forced_ids=(*text, *self._after))
 
-    def open_text(self, labels: Sequence[str]) -> str:
-        lines = "".join(f"<Outline>{i}: {label}</Outline>\n" for i, label in enumerate(labels, 1))
+    def open_text(self, block: Block) -> str:
+        lines = "".join(f"{self.outline_text(block, i)}\n" for i in range(len(block.outlines)))
         return f"<Parallel>\n<Outlines>\n{lines}</Outlines>"
-
-    def thread_text(self, body: str) -> str:
-        return f" {body}\n</Thread>"
 
     def close_text(self, conclusion: str) -> str:
         return f"{conclusion}\n</Conclusion>\n</Parallel>" if self.conclusion else f"</Parallel>{conclusion}"
+
+    @classmethod
+    def tags(cls) -> tuple[str, ...]:
+        # Those of the older form too, so that a conclusion is never taken for text.
+        return (*super().tags(), *(tag for tag in ("<Conclusion>", "</Conclusion>") if tag not in super().tags()))
+
+    def _unspaced(self, text: str) -> str:
+        return text.removeprefix("\n").removesuffix("\n")

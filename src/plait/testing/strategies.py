@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from plait.engines.scripted import ScriptedEngine
 from plait.events import Event
-from plait.formats.base import Branch, Fork, Join, Malformed, ThreadOutcome
+from plait.formats.base import Block, Branch, Fork, Join, Malformed, ThreadOutcome, TrajectoryFormat
 from plait.session import open_run
 from plait.testing.clock import virtual_time
 from plait.tree import Tree
@@ -29,7 +29,7 @@ WIDE = 40
 
 
 @dataclass(slots=True, kw_only=True)
-class ToyFormat:
+class ToyFormat(TrajectoryFormat):
     """Forks on `FORK`; a thread opens with `HEADER` and its number and ends on `CLOSE`; the parent reads `JOIN`.
 
     The last id before `FORK` says how many threads: `TEXT` + n asks for n mod 5, the last id of all for `WIDE`; none is
@@ -69,10 +69,10 @@ class ToyFormat:
         read = [id for t in threads for id in (*t.header_ids, *t.token_ids) if id != EOS]
         return Join(forced_ids=(*read, JOIN))
 
-    def open_text(self, labels: Sequence[str]) -> str:
+    def open_text(self, block: Block) -> str:
         raise NotImplementedError("the toy format has no text")
 
-    def thread_text(self, body: str) -> str:
+    def end_text(self, returns: str | None) -> str:
         raise NotImplementedError("the toy format has no text")
 
     def close_text(self, conclusion: str) -> str:
