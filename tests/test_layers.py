@@ -33,8 +33,9 @@ LAYERS = (
 """Lower first; modules of one layer do not import each other."""
 
 HEAVY = {
-    "torch": ("train",),
-    "gguf": ("train/gguf.py",),
+    "torch": ("train", "engines/torch"),
+    "gguf": ("train/gguf.py", "engines/torch/checkpoint.py"),
+    "safetensors": ("engines/torch/checkpoint.py",),
     "numpy": ("engines/llamacpp", "engines/torch", "engines/sampling.py", "train"),
     "rich": ("terminal", "commands", "cli.py", "train/display.py"),
     "click": ("commands", "cli.py"),

@@ -12,6 +12,7 @@ from plait.errors import EngineUnavailable, nearest
 _WHERE = {
     "scripted": ("plait.engines.scripted", "ScriptedEngine"),
     "llamacpp": ("plait.engines.llamacpp", "LlamaCppEngine"),
+    "torch": ("plait.engines.torch", "TorchEngine"),
     "http": ("plait.engines.http", "HttpEngine"),
 }
 ENGINES = tuple(_WHERE)

@@ -1,0 +1,280 @@
+"""Which cells of the KV cache hold which context: blocks with reference counts under a prefix tree.
+
+A cell is the place of one token's keys and values; a block is a few cells in a row, handed out and taken back as one.
+A node is a run of tokens inside one block, computed after its parent, or a merge of the branches that end at its tips.
+It lives as long as anybody refers to it: a child, a merge that lists it, or a call that samples after it. A fork is one
+more reference, to a block that may be partly filled: whoever comes first goes on in it, the others in blocks of their
+own, and nobody sees the cells behind his own. So neither a fork nor a merge copies anything.
+
+Nodes without references are a memo of what was computed: they are found again by content, and given up, oldest first,
+when blocks run out. Knows nothing of calls, sampling and tensors.
+Source: PagedAttention (Kwon et al. 2023, arXiv:2309.06180), RadixAttention (Zheng et al. 2023, arXiv:2312.07104).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Cells = npt.NDArray[np.int64]
+
+
+class Node:
+    """A run of tokens inside one block, or a merge (then `ids` is empty)."""
+
+    __slots__ = ("cell", "children", "ids", "merges", "parent", "refs", "start", "tips")
+
+    def __init__(self, parent: Node | None, ids: Sequence[int], *, start: int, cell: int = 0) -> None:
+        self.parent = parent
+        self.ids = list(ids)
+        self.start = start
+        """Position of the first token; of a merge, the position after its longest branch."""
+        self.cell = cell
+        """Cell of the first token."""
+        self.tips: tuple[Node, ...] = ()
+        self.children: dict[int, list[Node]] = {}
+        """By first token. Siblings may begin alike."""
+        self.merges: dict[tuple[Node, ...], Node] = {}
+        self.refs = 0
+        """Children, merges that list it as a tip, and holds."""
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + len(self.ids)
+
+    @property
+    def end_cell(self) -> int:
+        return self.cell + len(self.ids)
+
+
+class Pool:
+    """All blocks of an engine.
+
+    Args:
+        num_blocks: How many there are.
+        block_size: Cells of each.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything. Nodes from before must not be used again."""
+        self.root = Node(None, (), start=0)
+        self.root.refs = 1
+        self.free = list(range(self.num_blocks - 1, -1, -1))
+        self.used = 0
+        """Cells that hold a token."""
+        self.idle: OrderedDict[Node, None] = OrderedDict()
+        """Nodes without references, least recently used first."""
+        self._filled = [0] * self.num_blocks
+        """Cells of each block that were handed out, from its beginning."""
+        self._nodes = [0] * self.num_blocks
+        """Reference count of each block: the nodes in it."""
+
+    # Holding
+
+    def hold(self, node: Node) -> Node:
+        """Refer to a node: it and all it stands on stay until `let_go`."""
+        node.refs += 1
+        if node.refs == 1:
+            del self.idle[node]
+        return node
+
+    def let_go(self, node: Node) -> None:
+        """Take a `hold` back."""
+        self._release(node, last=True)
+
+    def _release(self, node: Node, *, last: bool) -> None:
+        node.refs -= 1
+        if not node.refs:
+            self.idle[node] = None
+            self.idle.move_to_end(node, last=last)
+
+    # Finding
+
+    def match(self, node: Node, ids: Sequence[int], limit: int) -> tuple[Node, int]:
+        """The deepest node below `node` that holds a beginning of `ids`, and how many of them it holds.
+
+        Args:
+            limit: Match no more than so many ids. A run that goes on behind the last one is split there.
+        """
+        best, reach = node, 0
+        partial: tuple[Node, int] | None = None
+        stack = [(node, 0)]
+        while stack:
+            here, at = stack.pop()
+            if at > reach:
+                best, reach, partial = here, at, None
+            if at >= limit:
+                break
+            for child in reversed(here.children.get(ids[at], ())):
+                common = _common(child.ids, ids, at, limit)
+                if common == len(child.ids):
+                    stack.append((child, at + common))
+                elif at + common > reach:
+                    best, reach, partial = child, at + common, (child, common)
+        return (best if partial is None else self._split(*partial)), reach
+
+    def _split(self, node: Node, count: int) -> Node:
+        """Cut a run after `count` tokens; the upper part is a new node, `node` becomes the lower part."""
+        parent = node.parent
+        assert parent is not None
+        upper = Node(parent, node.ids[:count], start=node.start, cell=node.cell)
+        upper.refs = 1
+        siblings = parent.children[node.ids[0]]
+        siblings[siblings.index(node)] = upper
+        node.ids = node.ids[count:]
+        upper.children[node.ids[0]] = [node]
+        node.parent, node.start, node.cell = upper, upper.end, upper.end_cell
+        self._nodes[node.cell // self.block_size] += 1
+        return upper
+
+    # Growing
+
+    def append(self, tip: Node, ids: Sequence[int]) -> Node | None:
+        """Hand out cells for tokens after a node that the caller holds: as many as one block takes, at least one.
+
+        Returns:
+            The node that ends with them, to which the caller's hold has passed; None if there is no room.
+        """
+        room = self._room_behind(tip)
+        if room and tip.refs == 1:
+            taken = ids[:room]
+            tip.ids += taken
+            node = tip
+        else:
+            block = tip.cell // self.block_size if room else self._take_block()
+            if block is None:
+                return None
+            cell = tip.end_cell if room else block * self.block_size
+            taken = ids[: room or self.block_size]
+            node = Node(tip, taken, start=tip.end, cell=cell)
+            node.refs = 1  # the caller's; the one it had on `tip` is the child's now
+            tip.children.setdefault(ids[0], []).append(node)
+            self._nodes[block] += 1
+        self._filled[node.cell // self.block_size] += len(taken)
+        self.used += len(taken)
+        return node
+
+    def merge(self, base: Node, tips: tuple[Node, ...]) -> Node:
+        """The merge of branches that all start at `base`: what follows it sees the cells of every one of them."""
+        node = base.merges.get(tips)
+        if node is None:
+            node = Node(base, (), start=max(tip.end for tip in tips))
+            node.tips = tips
+            base.merges[tips] = node
+            for held in (base, *tips):
+                self.hold(held)
+            self.idle[node] = None
+        return node
+
+    def _room_behind(self, tip: Node) -> int:
+        """Cells right behind a node that nobody was given yet."""
+        if not tip.ids:
+            return 0
+        block, size = tip.cell // self.block_size, self.block_size
+        filled = self._filled[block]
+        return size - filled if tip.end_cell == block * size + filled else 0
+
+    def _take_block(self) -> int | None:
+        while not self.free:
+            if not self.idle:
+                return None
+            self._evict(next(iter(self.idle)))
+        return self.free.pop()
+
+    def _evict(self, node: Node) -> None:
+        """Forget a node that nobody refers to. Its parent comes next, if nobody else needs it."""
+        parent = node.parent
+        assert parent is not None
+        assert not node.refs
+        del self.idle[node]
+        if node.tips:
+            del parent.merges[node.tips]
+            for tip in node.tips:
+                self._release(tip, last=False)
+        else:
+            group = parent.children[node.ids[0]]
+            group.remove(node)
+            if not group:
+                del parent.children[node.ids[0]]
+            self._give_back(node)
+        self._release(parent, last=False)
+
+    def _give_back(self, node: Node) -> None:
+        block = node.cell // self.block_size
+        self.used -= len(node.ids)
+        if node.end_cell == block * self.block_size + self._filled[block]:
+            self._filled[block] -= len(node.ids)
+        self._nodes[block] -= 1
+        if not self._nodes[block]:
+            self._filled[block] = 0
+            self.free.append(block)
+
+    # Reading
+
+    def cells(self, tip: Node) -> Cells:
+        """Every cell that a token after `tip` sees. A cell that two branches of a merge share is there twice."""
+        spans = [np.arange(node.cell, node.end_cell) for node in _path(tip, None)]
+        return np.concatenate(spans[::-1]) if spans else np.empty(0, np.int64)
+
+    def check(self, holds: Sequence[Node] = ()) -> None:
+        """Assert that the books balance (for tests).
+
+        Args:
+            holds: Every `hold` that was not let go.
+        """
+        nodes: list[Node] = []
+        todo = [self.root]
+        while todo:
+            node = todo.pop()
+            nodes.append(node)
+            below = [child for group in node.children.values() for child in group]
+            assert all(child.parent is node and child.ids for child in below)
+            todo += [*below, *node.merges.values()]
+        refs = dict.fromkeys(nodes, 0)
+        refs[self.root] = 1
+        for node in nodes:
+            for other in (node.parent, *node.tips):
+                if other is not None:
+                    refs[other] += 1
+        for node in holds:
+            refs[node] += 1
+        owner: dict[int, Node] = {}
+        for node in nodes:
+            assert node.refs == refs[node], "references are counted"
+            assert (node in self.idle) == (not node.refs)
+            for cell in range(node.cell, node.end_cell):
+                assert owner.setdefault(cell, node) is node, "no cell has two owners"
+                assert cell % self.block_size < self._filled[cell // self.block_size]
+        in_block = [0] * self.num_blocks
+        for node in nodes:
+            in_block[node.cell // self.block_size] += bool(node.ids)
+        assert in_block == self._nodes
+        assert sorted(self.free) == [i for i, count in enumerate(in_block) if not count]
+        assert self.used == len(owner)
+
+
+def _path(tip: Node, stop: Node | None) -> Iterator[Node]:
+    """Runs that a token after `tip` sees, from there up to `stop`."""
+    node: Node | None = tip
+    while node is not None and node is not stop:
+        if node.ids:
+            yield node
+        for branch in reversed(node.tips):
+            yield from _path(branch, node.parent)
+        node = node.parent
+
+
+def _common(ids: list[int], run: Sequence[int], at: int, limit: int) -> int:
+    """How many tokens `ids` has in common with run[at:limit]."""
+    most = min(len(ids), limit - at)
+    if ids[:most] == list(run[at : at + most]):
+        return most
+    return next(k for k in range(most) if ids[k] != run[at + k])
