@@ -1,4 +1,4 @@
-"""Random trajectory trees for the training tests: nested forks, both joins, declined forks, forced closings."""
+"""Random trajectory trees for the training tests: nested forks, all joins, declined forks, forced closings."""
 
 from __future__ import annotations
 
@@ -30,14 +30,22 @@ def random_tree(seed: int, *, joins: tuple[JoinKind, ...] = ("concat", "merge"),
         )
         return id
 
-    def thread(name: str, parent: str | None, forced: list[int], depth: int) -> str:
-        last = segment(f"{name}:0", parent, forced, ids(0, 3))
+    def thread(name: str, parent: str | None, forced: list[int], depth: int, **more: object) -> str:
+        last = segment(f"{name}:0", parent, forced, ids(0, 3), **more)
         for k in range(rng.randint(0, 2) if depth else 0):
             if rng.random() < 0.2:
                 last = segment(f"{name}:{k + 1}", last, [], ids(0, 2))
                 continue
-            branches = [thread(f"{name}/{k}.{i}", last, ids(1, 2), depth - 1) for i in range(rng.randint(1, 3))]
-            last = segment(f"{name}:{k + 1}", last, ids(1, 3), ids(0, 3), joins=tuple(branches), join=rng.choice(joins))
+            join = rng.choice(joins)
+            fresh = {"keep": 0} if join == "message" else {}
+            branches = [
+                thread(f"{name}/{k}.{i}", last, ids(1, 2), depth - 1, **fresh) for i in range(rng.randint(1, 3))
+            ]
+            keep = {}
+            if join == "message" and not any(s.join == "merge" for s in tree.path(last)):
+                length = sum(map(len, tree.context(last))) + len(tree.segments[last].sampled_ids)
+                keep = {"keep": rng.randint(1, length)}
+            last = segment(f"{name}:{k + 1}", last, ids(1, 3), ids(0, 3), joins=tuple(branches), join=join, **keep)
         if rng.random() < 0.3:
             at = int(last.rpartition(":")[2]) + 1
             last = segment(f"{name}:{at}", last, ids(1, 2), [])

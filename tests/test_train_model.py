@@ -51,7 +51,7 @@ def call(model: Decoder, tree: Tree, segment: Segment) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_packed_forward_equals_each_calls_own_forward(seed):
-    model, trees = small_model(), [random_tree(seed), random_tree(seed + 1000)]
+    model, trees = small_model(), [random_tree(seed), random_tree(seed + 1000, joins=("concat", "message"))]
     batch = pack(trees)
     ids, positions, _, prev = inputs(batch)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_the_packed_forward_equals_each_calls_own_forward(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_gradient_of_the_packed_loss_is_the_sum_over_calls(seed):
-    model, tree = small_model(), random_tree(seed)
+    model, tree = small_model(), random_tree(seed, joins=("concat", "message") if seed % 2 else ("merge",))
     batch = pack([tree])
     model.losses(*inputs(batch), biases(model, batch)).sum().backward()
     packed = [p.grad.clone() for p in model.parameters() if p.grad is not None]

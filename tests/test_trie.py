@@ -5,7 +5,7 @@ from plait.train.trie import dense_mask, flatten
 from plait.tree import Segment, Tree
 from random_trees import expand, random_tree
 
-SEEDS = range(150)
+SEEDS = [(seed, ("concat", "merge")) for seed in range(150)] + [(seed, ("concat", "message")) for seed in range(60)]
 
 
 def tree_of(*segments: Segment) -> Tree:
@@ -16,9 +16,9 @@ def sampled(id: str, parent: str | None = None, *, forced: tuple[int, ...] = (),
     return Segment(id=id, parent=parent, forced_ids=forced, sampled_ids=list(ids), logprobs=[-1.0] * len(ids), **more)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_every_token_sees_what_its_engine_call_was_given(seed):
-    tree = random_tree(seed)
+@pytest.mark.parametrize(("seed", "joins"), SEEDS)
+def test_every_token_sees_what_its_engine_call_was_given(seed, joins):
+    tree = random_tree(seed, joins=joins)
     batch = flatten(tree)
     mask = dense_mask(batch.end, batch.hide_lo, batch.hide_hi)
     at = 0
@@ -34,9 +34,9 @@ def test_every_token_sees_what_its_engine_call_was_given(seed):
     assert at == len(batch)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_loss_mask_counts_what_was_sampled(seed):
-    tree = random_tree(seed)
+@pytest.mark.parametrize(("seed", "joins"), SEEDS)
+def test_the_loss_mask_counts_what_was_sampled(seed, joins):
+    tree = random_tree(seed, joins=joins)
     batch = flatten(tree)
     assert batch.loss_mask.sum() == sum(len(s.sampled_ids) for s in tree.segments.values())
     assert (batch.prev[batch.loss_mask] >= 0).all()
@@ -44,9 +44,9 @@ def test_the_loss_mask_counts_what_was_sampled(seed):
     assert (batch.logprobs[batch.loss_mask] == -0.5).all()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_predecessor_is_one_position_before_and_visible(seed):
-    batch = flatten(random_tree(seed))
+@pytest.mark.parametrize(("seed", "joins"), SEEDS)
+def test_a_predecessor_is_one_position_before_and_visible(seed, joins):
+    batch = flatten(random_tree(seed, joins=joins))
     mask = dense_mask(batch.end, batch.hide_lo, batch.hide_hi)
     for i, j in enumerate(batch.prev):
         if j >= 0:
@@ -115,6 +115,28 @@ def test_a_tree_with_a_missing_parent_is_refused():
         flatten(tree_of(sampled("0:0", forced=(1,)), sampled("0/0.1:0", "0:7", forced=(2,))))
 
 
-def test_a_join_that_drops_ids_of_its_parent_is_refused():
-    with pytest.raises(TreeError, match="drops ids"):
-        flatten(tree_of(sampled("0:0", forced=(1,), keep=0)))
+def test_a_message_takes_the_place_of_the_block_and_a_fresh_thread_sees_nothing():
+    batch = flatten(
+        tree_of(
+            sampled("0:0", forced=(1, 2), ids=(3, 4, 5)),
+            sampled("0/0.0:0", "0:0", forced=(10,), ids=(11,), keep=0),
+            sampled("0:1", "0:0", forced=(20, 21), ids=(6,), keep=3, joins=("0/0.0:0",), join="message"),
+        )
+    )
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 3, 4, 5]
+    assert batch.prev.tolist() == [-1, 0, 1, 2, 3, -1, 5, 2, 7, 8]
+    mask = dense_mask(batch.end, batch.hide_lo, batch.hide_hi)
+    assert mask[6].nonzero()[0].tolist() == [5, 6]
+    assert mask[9].nonzero()[0].tolist() == [0, 1, 2, 7, 8, 9]
+
+
+def test_a_context_that_cannot_be_cut_is_refused():
+    with pytest.raises(TreeError, match="cannot cut"):
+        flatten(tree_of(sampled("0:0", forced=(1,)), sampled("0:1", "0:0", forced=(2,), keep=2)))
+    merged = (
+        sampled("0:0", forced=(1,)),
+        sampled("0/0.0:0", "0:0", forced=(10,)),
+        sampled("0:1", "0:0", forced=(2,), joins=("0/0.0:0",), join="merge"),
+    )
+    with pytest.raises(TreeError, match="cannot cut"):
+        flatten(tree_of(*merged, sampled("0:2", "0:1", forced=(3,), keep=1)))

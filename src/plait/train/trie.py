@@ -10,6 +10,7 @@ Shapes: L tokens of the tree, N nested hidden spans.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from plait.errors import TreeError
 from plait.tree import Segment, Tree
 
 Ints = NDArray[np.int64]
+_Intervals: TypeAlias = tuple[Ints, Ints, Ints]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,10 @@ def flatten(tree: Tree) -> TrieBatch:
     """Flatten a trajectory tree into one training sequence.
 
     Every segment becomes a contiguous run of tokens, parents before children, that attends to what its engine call
-    was given: its ancestors, and after a merge the merged branches. One forward pass then scores each call on exactly
-    its own context: threads do not see their siblings, a join sees what it was fed.
+    was given: its ancestors, and after a merge the merged branches; where a message took a block's place, and in a
+    thread that starts from a message, only what stays of its ancestors. Positions are those of its own context. One
+    forward pass then scores each call on exactly its own context: threads do not see their siblings, a join sees what
+    it was fed.
 
     Args:
         tree: A finished run.
@@ -57,7 +61,8 @@ def flatten(tree: Tree) -> TrieBatch:
         Arrays over the L tokens of the tree; a shared prefix is counted once.
 
     Raises:
-        TreeError: A segment's parent or a joined segment is missing, or a sampled token has no predecessor.
+        TreeError: A segment's parent or a joined segment is missing, a sampled token has no predecessor, or a context
+            with a merge is cut.
 
     Example:
         >>> from plait.tree import Segment
@@ -84,10 +89,11 @@ def flatten(tree: Tree) -> TrieBatch:
     prev: list[int] = []
     mask: list[bool] = []
     logprobs: list[float] = []
+    contexts = _contexts(order)
     tails: dict[str, tuple[int, int]] = {}
     """By segment: the token that predicts what follows it (-1: none), and the position that follows it."""
     for segment in order:
-        tail, position = _before(segment, tails)
+        tail, position = _before(segment, tails, contexts[segment.id], starts)
         own = segment.token_ids
         at, num_forced, count = starts[segment.id], len(segment.forced_ids), len(own)
         if len(segment.logprobs) != len(segment.sampled_ids):
@@ -105,7 +111,7 @@ def flatten(tree: Tree) -> TrieBatch:
         logprobs += segment.logprobs
         tails[segment.id] = (tail, position + count)
 
-    end, hide_lo, hide_hi = _visibility(tree, order, starts, length)
+    end, hide_lo, hide_hi = _visibility(order, contexts, starts, length)
     return TrieBatch(
         token_ids=np.array(ids, np.int64),
         position_ids=np.array(positions, np.int64),
@@ -118,56 +124,92 @@ def flatten(tree: Tree) -> TrieBatch:
     )
 
 
-def _before(segment: Segment, tails: dict[str, tuple[int, int]]) -> tuple[int, int]:
+def _before(
+    segment: Segment, tails: dict[str, tuple[int, int]], seen: _Seen, starts: dict[str, int]
+) -> tuple[int, int]:
     """Predicting token and first position of a segment."""
-    if segment.keep is not None:
-        raise TreeError(f"segment {segment.id} drops ids of its parent: joins that do are not trained yet")
     tail, position = tails[segment.parent] if segment.parent is not None else (-1, 0)
+    if segment.keep is not None:
+        # The last id that stays predicts what follows; where none stays, nothing does.
+        position, tail = segment.keep, -1
+        for id, count in seen.items() if segment.keep else ():
+            tail = starts[id] + count - 1 if count else tail
     if segment.join == "merge" and segment.joins:
-        if missing := [j for j in segment.joins if j not in tails]:
-            raise TreeError(f"segment {segment.id} joins {missing[0]}, which does not come before it")
         return -1, max(position, *(tails[j][1] for j in segment.joins))
     return tail, position
 
 
-def _visibility(tree: Tree, order: list[Segment], starts: dict[str, int], length: int) -> tuple[Ints, Ints, Ints]:
-    """`end`, `hide_lo`, `hide_hi`: a token is seen in its segment's subtree and in those of merges it went into."""
+_Seen: TypeAlias = dict[str, int]
+"""How many of the first tokens of which other segments a segment sees, in the order of its context."""
+
+
+def _contexts(order: list[Segment]) -> dict[str, _Seen]:
+    """What every segment sees: the path to the root, cut where it says so, and what was merged on the way."""
+    sizes = {segment.id: len(segment.token_ids) for segment in order}
+    out: dict[str, _Seen] = {}
+    merged: set[str] = set()
+    for segment in order:
+        seen: _Seen = {}
+        if segment.parent is not None and segment.keep != 0:
+            seen = out[segment.parent] | {segment.parent: sizes[segment.parent]}
+            if segment.parent in merged:
+                merged.add(segment.id)
+        if segment.keep:
+            if segment.id in merged or sum(seen.values()) < segment.keep:
+                raise TreeError(f"segment {segment.id} keeps {segment.keep} ids of a context that it cannot cut")
+            seen = _first(seen, segment.keep)
+        if segment.join == "merge" and segment.joins:
+            merged.add(segment.id)
+            path = seen.keys()
+            for id in segment.joins:
+                if id not in out:
+                    raise TreeError(f"segment {segment.id} joins {id}, which does not come before it")
+                if not path <= out[id].keys():
+                    raise TreeError(f"segment {segment.id} joins {id}, which does not come from its parent")
+                seen = seen | out[id] | {id: sizes[id]}
+        out[segment.id] = seen
+    return out
+
+
+def _first(seen: _Seen, count: int) -> _Seen:
+    """The first `count` tokens of what is seen."""
+    out: _Seen = {}
+    for id, size in seen.items():
+        out[id] = min(size, count)
+        count -= out[id]
+    return out
+
+
+def _visibility(order: list[Segment], contexts: dict[str, _Seen], starts: dict[str, int], length: int) -> _Intervals:
+    """`end`, `hide_lo`, `hide_hi`: from who sees a token, the stretches after it that do not."""
     stops = {segment.id: starts[segment.id] + len(segment.token_ids) for segment in order}
-    for segment in reversed(order):
-        if segment.parent is not None:
-            stops[segment.parent] = max(stops[segment.parent], stops[segment.id])
-    merged_by: dict[str, Segment] = {}
+    readers: dict[str, list[tuple[int, str]]] = {segment.id: [] for segment in order}
     for segment in order:
-        if segment.join != "merge":
-            continue
-        for at in segment.joins:
-            while at != segment.parent:
-                merged_by[at] = segment
-                parent = tree.segments[at].parent
-                if parent is None:
-                    raise TreeError(f"segment {segment.id} joins {at}, which does not come from its parent")
-                at = parent
-
-    gaps: dict[str, list[tuple[int, int]]] = {}
-    last: dict[str, int] = {}
+        if segment.token_ids:
+            for id, count in contexts[segment.id].items():
+                readers[id].append((count, segment.id))
+    gaps: list[tuple[int, int, int, list[tuple[int, int]]]] = []
     for segment in order:
-        spans: list[tuple[int, int]] = []
-        at, hidden_from = segment, stops[segment.id]
-        while (at := merged_by.get(at.id)) is not None:
-            if starts[at.id] > hidden_from:
-                spans.append((hidden_from, starts[at.id]))
-            hidden_from = stops[at.id]
-        gaps[segment.id], last[segment.id] = spans, hidden_from
-
+        at = 0
+        # Readers that see only the first tokens of a segment divide it.
+        for upto in sorted({len(segment.token_ids), *(count for count, _ in readers[segment.id])}):
+            if upto > at:
+                last, spans = stops[segment.id], list[tuple[int, int]]()
+                for count, reader in readers[segment.id]:
+                    if count >= upto:
+                        if starts[reader] > last:
+                            spans.append((last, starts[reader]))
+                        last = stops[reader]
+                gaps.append((starts[segment.id] + at, starts[segment.id] + upto, last, spans))
+                at = upto
     end = np.zeros(length, np.int64)
-    width = max((len(spans) for spans in gaps.values()), default=0)
+    width = max((len(spans) for *_, spans in gaps), default=0)
     hide_lo = np.full((length, width), length, np.int64)
     hide_hi = np.full((length, width), length, np.int64)
-    for segment in order:
-        own = slice(starts[segment.id], starts[segment.id] + len(segment.token_ids))
-        end[own] = last[segment.id]
-        for n, (lo, hi) in enumerate(gaps[segment.id]):
-            hide_lo[own, n], hide_hi[own, n] = lo, hi
+    for lo, hi, last, spans in gaps:
+        end[lo:hi] = last
+        for n, (hidden_from, hidden_to) in enumerate(spans):
+            hide_lo[lo:hi, n], hide_hi[lo:hi, n] = hidden_from, hidden_to
     return end, hide_lo, hide_hi
 
 
