@@ -27,7 +27,7 @@ def small_model() -> Decoder:
 
 def pack(trees: list[Tree]) -> PackedBatch:
     flat = [flatten(tree) for tree in trees]
-    packer = Packer([Bucket(rows=1, length=sum(map(len, flat)) + 3)], num_spans=4)
+    packer = Packer([Bucket(rows=1, length=sum(map(len, flat)) + 3)], num_spans=12)
     for example in flat:
         assert packer.add(example) is None
     return packer.flush()[0]
