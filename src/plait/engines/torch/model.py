@@ -179,7 +179,7 @@ class Decoder:
 
 def _tensor(weight: Any) -> Tensor:
     # A file that is mapped into memory gives arrays that cannot be written, of which torch warns.
-    return weight if isinstance(weight, Tensor) else torch.from_numpy(np.require(weight, requirements="CW"))
+    return weight if isinstance(weight, Tensor) else torch.from_numpy(np.require(weight, requirements=["C", "W"]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
