@@ -61,12 +61,18 @@ def load_model(path: Path, *, format: str | None = None) -> Decoder:
     Raises:
         ModelError: As `load`, or the weights do not fit the recorded sizes.
     """
-    state = load(path, format=format)
-    model = Decoder(ModelConfig(**state["config"]["model"]))
     try:
-        model.load_state_dict(state["model"])
+        return model_of(load(path, format=format))
     except RuntimeError as exc:
+        if isinstance(exc, ModelError):
+            raise
         raise ModelError(f"the weights of {path} do not fit its config: {exc}") from exc
+
+
+def model_of(state: Mapping[str, Any]) -> Decoder:
+    """The weights of what `load` read, as a model."""
+    model = Decoder(ModelConfig(**state["config"]["model"]))
+    model.load_state_dict(state["model"])
     return model
 
 

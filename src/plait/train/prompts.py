@@ -9,9 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from plait import tasks
 from plait.errors import RequestError
+from plait.formats import open_format, render
+from plait.models import prompt_ids
+from plait.tokenizer import FixedTokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,26 +58,29 @@ class Prompts:
         return self._source(rng.choices(self._names, self._weights)[0], rng, "train")
 
 
-def task_source(format: str) -> PromptSource:
+def task_source(
+    format: str, *, tokenizer: FixedTokenizer, knobs: Mapping[str, Mapping[str, Any]] | None = None
+) -> PromptSource:
     """Problems of `plait.tasks`, graded exactly.
 
     The sequential baseline of a problem is the length of its serial gold trace, in sampled tokens: what the sequential
     twin writes where it is right.
 
+    Args:
+        format: Name of the trajectory format.
+        tokenizer: What the model reads and writes.
+        knobs: What the problems of a family are drawn from, by family.
+
     Raises:
         RequestError: No format has this name.
     """
-    from plait import tasks
-    from plait.formats import open_format, render
-    from plait.models import prompt_ids
-    from plait.tasks.vocabulary import TOKENIZER
-
-    opened = open_format(format, TOKENIZER)
+    opened = open_format(format, tokenizer)
+    families = {name: tasks.family(name, (knobs or {}).get(name)) for name in tasks.FAMILIES}
 
     def draw(family: str, rng: random.Random, split: Literal["train", "held_out"]) -> Prompt:
-        problem = tasks.sample(family, rng, split)
-        ids = prompt_ids(TOKENIZER, problem.prompt)
-        serial = render(tasks.gold(problem, parallel=False), format=opened, tokenizer=TOKENIZER, prompt_ids=ids)
+        problem = tasks.sample(families.get(family, family), rng, split)
+        ids = prompt_ids(tokenizer, problem.prompt)
+        serial = render(tasks.gold(problem, parallel=False), format=opened, tokenizer=tokenizer, prompt_ids=ids)
         return Prompt(
             family=family,
             question=problem.question,
