@@ -214,6 +214,28 @@ def show(file: str, as_json: bool, wire: bool, lanes: bool | None) -> int:
     return run(file, as_json=as_json, wire=wire, lanes=lanes)
 
 
+@main.command(
+    help=_lines("""
+Look at runs in the browser: lanes, text, tokens; many runs as a table, two as a race.
+
+plait view run.jsonl                    what `plait solve --trace` logged
+plait view results.jsonl                what `plait eval --out` wrote
+plait view run.jsonl --html run.html    one file to share, nothing is loaded from elsewhere
+plait view run.jsonl --export chrome-trace --out run.json    opens in Perfetto
+""")
+)
+@click.argument("files", nargs=-1, required=True, type=click.Path(dir_okay=False))
+@click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write the page to a file.")
+@click.option("--export", type=click.Choice(["chrome-trace", "otlp"]), help="Write the runs for another tool.")
+@click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Of --export; default: standard output.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N", help="On 127.0.0.1; default: any.")
+@click.option("--browser/--no-browser", default=True, help="Open a browser.")
+def view(files: tuple[str, ...], **options: Any) -> int:
+    from plait.commands.view import view as run
+
+    return run(files, **options)
+
+
 @main.group(help="Train models (needs `pip install 'plait[train]'`).")
 def train() -> None:
     pass

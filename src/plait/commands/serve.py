@@ -1,0 +1,66 @@
+"""`plait serve`: an OpenAI-compatible server over the embedded model, or others of its kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from plait.commands.choosing import Choice, choose, choose_twin
+from plait.models import twin_name
+from plait.server import Process, ServeConfig, Served, as_toml, create_app, new_key, resolve
+from plait.server.logs import configure
+
+
+def serve(flags: Mapping[str, Any], *, config: str | None = None, print_config: bool = False) -> int:
+    """Serve until a signal says to stop.
+
+    Args:
+        flags: Settings of the command line; None where nothing was said.
+        config: A TOML file.
+        print_config: Print what the settings come to, and stop.
+
+    Returns:
+        The exit code: 0, or 1 where the address could not be had.
+
+    Raises:
+        RequestError: A setting or a model is not possible.
+        ModelError: Weights are missing or corrupt.
+    """
+    resolved = resolve(flags, os.environ, config)
+    if print_config:
+        print(as_toml(resolved))
+        return 0
+    configure(resolved.log)
+    app, service = create_app(resolved, served(resolved))
+    process = Process(app, service)
+    process.run()
+    return 0 if process.started else 1
+
+
+def key(name: str) -> int:
+    """Print a fresh API key, and the entry by which a server knows it."""
+    secret, entry = new_key(name)
+    print(f"key    {secret}\nentry  {entry}")
+    return 0
+
+
+def served(config: ServeConfig) -> list[Served]:
+    """The models that a config names; with none named, the embedded one and its sequential twin."""
+    if config.models:
+        choices = [choose(name, engine=config.engine) for name in config.models]
+    else:
+        first = choose(None, engine=config.engine)
+        choices = [first, choose_twin(first)]
+    return [Served(model=c.model, engine_name=c.engine, twin=_twin(c, choices)) for c in choices]
+
+
+def _twin(choice: Choice, choices: list[Choice]) -> str | None:
+    """The other model that thinks the same in one line."""
+    if choice.model.join == "none":
+        return None
+    others = [other.model for other in choices if other.model.join == "none"]
+    if choice.model.script is not None:
+        return next((model.name for model in others if model.script is not None), None)
+    name = twin_name(choice.model)
+    return next((model.name for model in others if name in (model.name, str(model.path))), None)

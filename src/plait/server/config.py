@@ -1,0 +1,210 @@
+"""What a server can be told, and from where: flags, then `PLAIT_*` variables, then a TOML file, then the defaults.
+
+Knows nothing of HTTP. Every source has the same names; one that is not known is refused, with the nearest that is.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from plait.errors import RequestError, nearest
+from plait.server.keys import Keyring, read_entries
+from plait.types import Budget
+
+PREFIX = "PLAIT_"
+LOGS = ("json", "plain", "off")
+REASONING = ("both", "reasoning", "reasoning_content")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Settings of `plait serve`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any that is free."""
+    models: tuple[str, ...] = ()
+    """Names or paths; the first is the default. Empty: the embedded model and its sequential twin."""
+    engine: str | None = None
+    """Name of the engine for all models; None: each model's own."""
+    api_keys: tuple[str, ...] = ()
+    """Entries `NAME:sha256:HEX[:WEIGHT]`, as `plait serve --new-key NAME` prints them."""
+    api_key_file: str | None = None
+    """A file of such entries, one a line."""
+    allow_anonymous: bool = False
+    """Serve without keys on an address that others reach."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that the Host header may have, beside `host` and those of loopback; `*` is any."""
+    max_threads: int = 32
+    """Threads that sample at once, all requests together."""
+    max_threads_per_key: int | None = None
+    max_requests: int = 256
+    """Requests at once, waiting ones included."""
+    max_requests_per_key: int | None = None
+    max_threads_per_request: int = 64
+    """Most forked threads that a request may ask for."""
+    max_tokens: int = 4096
+    """Most sampled tokens that a request may ask for, all its threads together."""
+    request_timeout_s: float = 120.0
+    """A run ends with what it has after so long."""
+    max_body_bytes: int = 1 << 20
+    max_header_bytes: int = 16 << 10
+    body_timeout_s: float = 15.0
+    """For a request's body to arrive."""
+    max_stream_bytes: int = 16 << 20
+    keep_alive_s: float = 15.0
+    """A stream that says nothing for so long says a comment."""
+    keep_runs: int = 64
+    """Runs that were asked to be traced and can still be looked at."""
+    drain_s: float = 30.0
+    """After SIGTERM, for requests that run."""
+    temperature: float = 0.0
+    """Where a request does not say; 0 is greedy."""
+    reasoning: str = "both"
+    """Which fields carry the reasoning: `reasoning`, `reasoning_content` or both."""
+    log: str = "json"
+    """json, plain or off; on standard error, without prompts."""
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise RequestError(f"{name} is {value}; it must be above 0")
+        for name in ("keep_runs", "drain_s", "temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.port <= 65535:
+            raise RequestError(f"port is {self.port}; it must be from 0 to 65535")
+        for name, allowed in (("log", LOGS), ("reasoning", REASONING)):
+            if getattr(self, name) not in allowed:
+                raise nearest(getattr(self, name), list(allowed), name)
+        if self.max_threads > 255:
+            raise RequestError(f"max_threads is {self.max_threads}; one engine holds at most 255 threads")
+
+    def keyring(self) -> Keyring:
+        """The clients that may ask.
+
+        Raises:
+            RequestError: An entry is not one; or there is none, and the address is one that others reach.
+        """
+        entries = (*self.api_keys, *(read_entries(self.api_key_file) if self.api_key_file else ()))
+        if not entries and not self.allow_anonymous and not is_loopback(self.host):
+            raise RequestError(
+                f"{self.host} is reached by others and there is no API key: `plait serve --new-key NAME` makes one for"
+                " --api-key-file; or say --allow-anonymous"
+            )
+        return Keyring(entries)
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """Names that the Host header may have."""
+        return frozenset({"localhost", "127.0.0.1", "::1", self.host.lower(), *(h.lower() for h in self.allowed_hosts)})
+
+    @property
+    def budget(self) -> Budget:
+        """The most that a request may use."""
+        return Budget(
+            max_threads=self.max_threads_per_request, max_tokens=self.max_tokens, deadline_s=self.request_timeout_s
+        )
+
+
+_POSITIVE = (
+    *("max_threads", "max_threads_per_key", "max_requests", "max_requests_per_key", "max_threads_per_request"),
+    *("max_tokens", "request_timeout_s", "max_body_bytes", "max_header_bytes", "body_timeout_s", "max_stream_bytes"),
+    "keep_alive_s",
+)
+_HINTS = get_type_hints(ServeConfig)
+NAMES = tuple(f.name for f in fields(ServeConfig))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def resolve(flags: Mapping[str, Any], environ: Mapping[str, str], path: str | None = None) -> ServeConfig:
+    """One config from all sources.
+
+    Args:
+        flags: What was said on the command line; None was not said.
+        environ: Of its names, those that begin with `PLAIT_` and name a setting count.
+        path: A TOML file.
+
+    Raises:
+        RequestError: A value is not of its setting's kind, a setting is not known, or the file cannot be read.
+    """
+    values = _read(path) if path else {}
+    for name in NAMES:
+        text = environ.get(f"{PREFIX}{name.upper()}")
+        if text is not None:
+            values[name] = _parse(name, text, f"{PREFIX}{name.upper()}")
+    values |= {name: value for name, value in flags.items() if value is not None and value != ()}
+    return ServeConfig(**values)
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise RequestError(f"cannot read the config {path}: {exc}") from exc
+    for name in data:
+        if name not in NAMES:
+            raise nearest(name, list(NAMES), f"setting in {path}")
+    return {name: _checked(name, value, path) for name, value in data.items()}
+
+
+def _kind(name: str) -> type[Any]:
+    hint = _HINTS[name]
+    (kind,) = [arg for arg in get_args(hint) if arg is not NoneType and arg is not ...] or [hint]
+    return tuple if str(hint).startswith("tuple") else kind
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    kind = _kind(name)
+    if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        wanted = "a list of strings" if kind is tuple else f"of type {kind.__name__}"
+        raise RequestError(f"{name} in {where} is {value!r}; it must be {wanted}")
+    return value
+
+
+def _parse(name: str, text: str, where: str) -> Any:
+    kind = _kind(name)
+    if kind is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind is bool:
+        if text.lower() not in ("1", "0", "true", "false"):
+            raise RequestError(f"{where} is {text!r}; it must be true or false")
+        return text.lower() in ("1", "true")
+    try:
+        return kind(text)
+    except ValueError as exc:
+        raise RequestError(f"{where} is {text!r}; it must be of type {kind.__name__}") from exc
+
+
+def as_toml(config: ServeConfig) -> str:
+    """A config as the file that would give it. Key entries show whose they are, not their hashes."""
+    lines: list[str] = []
+    for name in NAMES:
+        value = getattr(config, name)
+        if value is None:
+            lines.append(f"# {name} is not set")
+        elif name == "api_keys":
+            lines.append(f"# {name}: {', '.join(entry.partition(':')[0] for entry in value) or 'none'}")
+        else:
+            lines.append(f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}")
+    return "\n".join(lines)

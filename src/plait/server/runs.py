@@ -1,0 +1,121 @@
+"""`/plait/runs`: runs as their events, for the page that draws them; and that page.
+
+A frame's data is one line of `plait.events.encode`, which is what `plait.log` writes. Leaving the stream of a run that
+was started here cancels it; following one that somebody started elsewhere does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from plait.errors import EngineUnavailable
+from plait.server.refusal import Refusal
+from plait.server.reply import DOCUMENTED, Out, Reply, asked
+from plait.server.schemas import RunRequest
+from plait.server.service import Asked
+from plait.server.traces import Trace
+
+router = APIRouter()
+
+
+@router.post("/plait/runs", **DOCUMENTED)
+async def start_run(body: RunRequest, asked: Annotated[Asked, Depends(asked)]) -> Reply:
+    """Ask a question; the events of its run."""
+    served = asked.service.find(body.model)
+    options = body.plait.model_copy(update={"trace": True})
+    request = asked.request(
+        served,
+        body.question,
+        param="question",
+        options=options,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        seed=0 if body.seed is None else body.seed,
+    )
+    trace = asked.trace(served, body.question, options)
+    assert trace is not None
+
+    async def work(out: Out | None) -> None:
+        assert out is not None
+        number = 0
+        async with asked.service.job(served, request, client=asked.client, started=asked.started, trace=trace) as job:
+            async for _ in job:
+                number = await _tell(out, trace, number)
+        await _tell(out, trace, number)
+        await _close(out, trace)
+
+    return Reply(asked.service, work, stream=True, last=None, headers={"x-plait-run-id": trace.id})
+
+
+async def _tell(out: Out, trace: Trace, number: int) -> int:
+    """Send the lines from a number on; the number after the last."""
+    while number < len(trace.lines):
+        await out.data(trace.lines[number], id=number)
+        number += 1
+    return number
+
+
+async def _close(out: Out, trace: Trace) -> None:
+    for event, data in trace.closing:
+        await out.data(data, event=event)
+
+
+@router.get("/plait/runs")
+async def list_runs(asked: Annotated[Asked, Depends(asked)]) -> dict[str, Any]:
+    """The last runs of this client, newest first."""
+    return {"data": [trace.about() for trace in asked.service.traces.of(asked.client)]}
+
+
+@router.get("/plait/runs/{id}/events", **DOCUMENTED)
+async def follow_run(id: str, asked: Annotated[Asked, Depends(asked)]) -> Reply:
+    """A run's events from its first to its last."""
+    trace = asked.service.traces.find(id, asked.client)
+
+    async def work(out: Out | None) -> None:
+        assert out is not None
+        async with aclosing(trace.follow()) as lines:
+            async for number, line in lines:
+                await out.data(line, id=number)
+        await _close(out, trace)
+
+    return Reply(asked.service, work, stream=True, last=None, headers={"x-plait-run-id": trace.id})
+
+
+@router.get("/plait/runs/{id}/log")
+async def run_log(id: str, asked: Annotated[Asked, Depends(asked)]) -> Response:
+    """A run as the file that `plait view` and `plait trace show` read."""
+    trace = asked.service.traces.find(id, asked.client)
+    headers = {"content-disposition": f'attachment; filename="{trace.id}.jsonl"'}
+    body = "".join(f"{line}\n" for line in trace.lines)
+    return Response(body, media_type="application/x-ndjson", headers=headers)
+
+
+def _viewer() -> Any:
+    try:
+        return importlib.import_module("plait.viewer")
+    except ImportError as exc:
+        raise EngineUnavailable(f"this installation has no viewer: {exc}") from exc
+
+
+@router.get("/", response_class=Response)
+async def page() -> Response:
+    """The page on which runs are watched."""
+    viewer = _viewer()
+    headers = {"content-security-policy": viewer.CSP, "cache-control": "no-cache", "x-frame-options": "DENY"}
+    return Response(viewer.page(), media_type="text/html; charset=utf-8", headers=headers)
+
+
+@router.get("/plait/assets/{name}", response_class=Response)
+async def asset(name: str) -> Response:
+    """A file that the page loads."""
+    assets = getattr(_viewer(), "assets", dict)()
+    if name not in assets:
+        raise Refusal(f"the page has no file {name[:80]!r}", status=404, code="not_found")
+    kind, body = assets[name]
+    return Response(body, media_type=kind)

@@ -1,0 +1,181 @@
+"""Bodies of requests. What is not supported and would change the answer is refused; what only other servers need is
+ignored.
+
+The `plait` field is ours: there every unknown name is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from plait.types import Budget
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+MAX_STOPS = 16
+MAX_PROMPTS = 64
+
+
+def _few(stops: str | list[str] | None) -> str | list[str] | None:
+    if isinstance(stops, list) and len(stops) > MAX_STOPS:
+        raise ValueError(f"at most {MAX_STOPS} stop strings")
+    return stops
+
+
+Stop = Annotated[str | list[str] | None, AfterValidator(_few)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", str_max_length=200_000)
+
+
+class PlaitOptions(BaseModel):
+    """The `plait` field of a request: how it may fork, and what is said of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str | None = None
+    """Refuse a model of another trajectory format."""
+    max_threads: Annotated[int, Field(ge=0)] | None = None
+    max_threads_per_fork: Annotated[int, Field(ge=0)] | None = None
+    max_concurrent_threads: Annotated[int, Field(ge=1)] | None = None
+    max_depth: Annotated[int, Field(ge=0)] | None = None
+    max_thread_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    join: Literal["all"] = "all"
+    """A join waits for all threads of its block; those that a limit ends are joined with what they have."""
+    stream: Literal["ordered", "interleaved", "final"] = "ordered"
+    """Chat: the finished text's order, order of arrival with every delta naming its thread, or the answer alone."""
+    trace: bool = False
+    """Keep the run's events, for `/plait/runs/{id}/events`."""
+
+    def within(self, most: Budget, *, max_tokens: int | None = None) -> Budget:
+        """These limits, none above the server's."""
+        asked = {name: getattr(self, name) for name in asdict(most)}
+        asked["max_tokens"] = min((n for n in (self.max_tokens, max_tokens) if n is not None), default=None)
+        limits: dict[str, Any] = {}
+        for name, own in asdict(most).items():
+            limits[name] = min((n for n in (own, asked[name]) if n is not None), default=None)
+        return replace(most, **limits)
+
+
+class _Sampled(_Body):
+    """What all requests may say of sampling."""
+
+    model: Annotated[str, Field(max_length=500)] | None = None
+    temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 20)] | None = None
+    seed: Seed | None = None
+    stream: bool | None = None
+    user: str | None = None
+    plait: PlaitOptions = PlaitOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_null(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if k != "plait" or v is not None} if isinstance(data, dict) else data
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class ContentPart(_Body):
+    type: str
+    text: str | None = None
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+
+
+class ChatRequest(_Sampled):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: Stop = None
+    stream_options: StreamOptions | None = None
+    include_reasoning: bool = True
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    response_format: _TextFormat | None = None
+
+
+class _TextFormat(_Body):
+    type: Literal["text"]
+
+
+Ids: TypeAlias = list[Annotated[int, Field(ge=0)]]
+
+
+class CompletionRequest(_Sampled):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        str
+        | Annotated[Ids, Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Annotated[Ids, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: Stop = None
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: Literal[0] | None = None
+    suffix: Literal[""] | None = None
+
+
+class InputItem(_Body):
+    type: str = "message"
+    role: str | None = None
+    content: str | list[ContentPart] | None = None
+
+
+class _TextConfig(_Body):
+    format: _TextFormat | None = None
+
+
+class ResponsesRequest(_Sampled):
+    """`POST /v1/responses`."""
+
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=1000)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    metadata: dict[str, str] | None = None
+    text: _TextConfig | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    background: Literal[False] | None = None
+    previous_response_id: None = None
+    conversation: None = None
+
+
+class RunRequest(_Sampled):
+    """`POST /plait/runs`: a question for the viewer."""
+
+    question: Annotated[str, Field(max_length=20_000)]
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """What every refusal says."""
+
+    error: Error

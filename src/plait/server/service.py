@@ -1,0 +1,386 @@
+"""What lives as long as the server: open engines, limits, counters, the runs that are looked at; and one request's run.
+
+Knows nothing of HTTP and of the shapes of its bodies.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import anyio
+
+from plait import tasks
+from plait.engines.base import Engine
+from plait.errors import EngineUnavailable, RequestError, nearest
+from plait.events import Event, TokensSampled
+from plait.formats.base import TrajectoryFormat
+from plait.models import Model
+from plait.server.admission import Admission, Lane, Lease
+from plait.server.config import ServeConfig
+from plait.server.keys import Client
+from plait.server.metrics import JoinWaits, Metrics
+from plait.server.refusal import Refusal, body_of
+from plait.server.schemas import PlaitOptions
+from plait.server.traces import Trace, Traces
+from plait.server.transcript import ANSWER, ROOT, Cut
+from plait.session import Run, open_run
+from plait.terminal.reading import describe
+from plait.tree import Tree
+from plait.types import Request, StopReason
+
+FINISH = {StopReason.EOS: "stop", StopReason.STOP: "stop", StopReason.LENGTH: "length", StopReason.BUDGET: "length"}
+"""OpenAI's words for how a run ended; everything else is `stop`, and the `plait` block says more."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Served:
+    """A model that the server answers with."""
+
+    model: Model
+    engine_name: str
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of its engine, beside what the limits ask for."""
+    twin: str | None = None
+    """Name of the served model that is its sequential twin."""
+    engine: Engine | None = None
+    """Open while the server runs."""
+    format: TrajectoryFormat = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.format = self.model.format
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    def about(self) -> dict[str, Any]:
+        """What `/v1/models` says of it beside its name."""
+        model = self.model
+        return {
+            "id": model.id,
+            "format": model.format_name,
+            "join": model.join,
+            "families": list(model.families),
+            "max_context": model.max_context,
+            "weights": model.num_weights,
+            "dtype": model.dtype,
+            "engine": self.engine_name,
+            "twin": self.twin,
+        }
+
+
+class Service:
+    """Models, and the way to run one.
+
+    Args:
+        config: Limits.
+        served: At least one; the first is what a request gets that names none.
+    """
+
+    def __init__(self, config: ServeConfig, served: Sequence[Served]) -> None:
+        if not served:
+            raise RequestError("there is no model to serve")
+        self.config = config
+        self.served = {one.name: one for one in served}
+        if len(self.served) < len(served):
+            raise RequestError(f"two models have the same name: {', '.join(one.name for one in served)}")
+        self.default = served[0]
+        self.admission = Admission(
+            max_threads=config.max_threads,
+            max_threads_per_key=config.max_threads_per_key,
+            max_requests=config.max_requests,
+            max_requests_per_key=config.max_requests_per_key,
+        )
+        self.metrics = Metrics(self.admission, self._stats)
+        self.traces = Traces(config.keep_runs)
+        self.ready = False
+        self.stopping = anyio.Event()
+        """Set when the time to drain is over: what still runs is ended."""
+
+    def _stats(self) -> list[Any]:
+        return [(s.name, s.engine_name, s.engine.stats()) for s in self.served.values() if s.engine is not None]
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncGenerator[None, None]:
+        """Open every engine; on leaving, close them."""
+        async with AsyncExitStack() as stack:
+            for one in self.served.values():
+                options = {**_engine_options(one.engine_name, self.config), **one.options}
+                one.engine = await stack.enter_async_context(one.model.open_engine(one.engine_name, **options))
+            self.ready = True
+            try:
+                yield
+            finally:
+                self.ready = False
+                for one in self.served.values():
+                    one.engine = None
+
+    def find(self, name: str | None) -> Served:
+        """The model that a request names.
+
+        Raises:
+            Refusal: 404, none has this name; the message lists those that are served.
+        """
+        if not name:
+            return self.default
+        if name not in self.served:
+            text = str(nearest(name[:100], list(self.served), "model"))
+            raise Refusal(text, status=404, code="model_not_found", param="model")
+        return self.served[name]
+
+    @asynccontextmanager
+    async def job(
+        self, served: Served, request: Request, *, client: Client, started: float, trace: Trace | None = None
+    ) -> AsyncGenerator[Job, None]:
+        """Run a request; leaving the block ends it and frees its threads.
+
+        Args:
+            started: When the request arrived, by `time.perf_counter`.
+            trace: Where its events are kept.
+
+        Raises:
+            Refusal: The server is full.
+            RequestError, EngineError: See `plait.session.open_run`.
+        """
+        if served.engine is None:
+            raise EngineUnavailable("the server is not ready")
+        try:
+            with self.admission.admitted(client) as lease:
+                lane = Lane(served.engine, self.admission, lease)
+                async with _opened_job(self, served, lane, lease, request, started, trace) as job:
+                    yield job
+        except Refusal as exc:
+            self.metrics.rejections.labels(exc.code).inc()
+            raise
+
+
+@asynccontextmanager
+async def _opened_job(
+    service: Service, served: Served, lane: Lane, lease: Lease, request: Request, started: float, trace: Trace | None
+) -> AsyncGenerator[Job, None]:
+    forks = served.model.join != "none"
+    if forks and not lease.may_fork:
+        # A fork id is then not sampled at all: the model goes on in one line.
+        request = replace(request, budget=replace(request.budget, max_threads=0))
+        service.metrics.declined.inc()
+    meta = {} if trace is None else _meta(served, request, trace)
+    job = Job(service, served, lease, started, trace, declined=forks and not lease.may_fork)
+    failure: BaseException | None = None
+    try:
+        async with open_run(request, engine=lane, format=served.format, meta=meta) as job.run:
+            yield job
+    except BaseException as exc:
+        failure = exc
+        raise
+    finally:
+        job.end(failure)
+
+
+class Job:
+    """One run of a request: iterate over it for its events."""
+
+    run: Run
+
+    def __init__(
+        self,
+        service: Service,
+        served: Served,
+        lease: Lease,
+        started: float,
+        trace: Trace | None,
+        *,
+        declined: bool,
+    ) -> None:
+        self.served = served
+        self._service, self._lease, self._trace, self._started = service, lease, trace, started
+        self._declined = declined
+        self._waits = JoinWaits(service.metrics)
+        self._sampled = False
+        self.wall_s = 0.0
+
+    @property
+    def tree(self) -> Tree:
+        return self.run.tree
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await anext(aiter(self.run))
+        self._take(event)
+        return event
+
+    def _take(self, event: Event) -> None:
+        if self._trace is not None:
+            self._trace.write(event)
+        if not self._sampled and isinstance(event, TokensSampled):
+            self._sampled = True
+            self._service.metrics.first_token.observe(time.perf_counter() - self._started)
+        self._waits.read(event)
+
+    def end(self, failure: BaseException | None) -> None:
+        """Count it, and close its trace."""
+        self.wall_s = time.perf_counter() - self._started
+        metrics = self._service.metrics
+        if hasattr(self, "run"):
+            for event in self.run.pending():
+                self._take(event)
+            metrics.observe(self.tree, engine=self.served.engine_name)
+            metrics.latency.observe(self.wall_s)
+        if self._trace is None:
+            return
+        if isinstance(failure, Exception):
+            self._trace.end([("error", body_of(failure))])
+        elif not hasattr(self, "run") or self.tree.stop is None:
+            self._trace.end([("error", body_of(Refusal("the run was left", status=499, code="cancelled")))])
+        else:
+            about = {**self.usage(), **asdict(self.tree.usage()), "stop": str(self.tree.stop)}
+            answer = self.served.model.answer(self.tree)
+            self._trace.end([("usage", {**about, "answer": answer, "wall_s": round(self.wall_s, 6)}), ("end", {})])
+
+    def usage(self) -> dict[str, Any]:
+        """The `plait` block of usage: what OpenAI's fields cannot say."""
+        usage = self.tree.usage()
+        return {
+            "critical_path_tokens": usage.critical_path_tokens,
+            "threads": usage.threads,
+            "forks": usage.forks,
+            "max_concurrency": self._lease.peak,
+            "acceleration": round(self.tree.acceleration(), 4),
+            "longest_context_tokens": usage.longest_context_tokens,
+            "forced_tokens": usage.forced_tokens,
+            "reread_tokens": usage.reread_tokens,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """The `plait` block of a response: how the run ended, where OpenAI's words are too few."""
+        tree = self.tree
+        data: dict[str, Any] = {"stop": str(tree.stop or StopReason.STOP)}
+        if tree.note:
+            data["note"] = tree.note
+        if self._declined:
+            data["forks_declined"] = "the server is busy"
+        if self._trace is not None:
+            data["run_id"] = self._trace.id
+        return data
+
+    @property
+    def finish(self) -> str:
+        """OpenAI's finish reason."""
+        return FINISH.get(self.tree.stop or StopReason.STOP, "stop")
+
+    def answer_tokens(self) -> int:
+        """Sampled tokens after the mark that the answer follows; the others are reasoning."""
+        cut, count = Cut([ANSWER]), 0
+        decode = self.served.model.tokenizer.decode
+        for segment in self.tree.segments.values():
+            if segment.thread == ROOT:
+                for id in segment.sampled_ids:
+                    count += cut.found is not None
+                    cut.put(decode((id,)))
+        return count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Who asks, and since when."""
+
+    service: Service
+    client: Client
+    request_id: str
+    started: float
+
+    def request(
+        self,
+        served: Served,
+        question: str | Sequence[int],
+        *,
+        param: str,
+        options: PlaitOptions,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Request:
+        """A question as a request within the server's limits.
+
+        Args:
+            question: In words; or ids, which are taken as they are.
+            param: The field that it came from.
+
+        Raises:
+            Refusal: 400, the model does not know such questions, or was trained in another format.
+        """
+        model = served.model
+        if options.format not in (None, model.format_name):
+            raise Refusal(
+                f"{model.name} was trained in the {model.format_name} format and is not run in {options.format!r}",
+                code="format_mismatch",
+                param="plait.format",
+            )
+        settings: dict[str, Any] = {
+            "budget": options.within(self.service.config.budget, max_tokens=max_tokens),
+            "temperature": self.service.config.temperature if temperature is None else temperature,
+            "top_p": 1.0 if top_p is None else top_p,
+            "top_k": max(0, top_k or 0),
+            "seed": secrets.randbits(63) if seed is None else seed,
+            # Only a trace shows log-probabilities.
+            "logprobs": options.trace,
+        }
+        if not isinstance(question, str):
+            return Request(prompt_ids=_checked(question, served, param), **settings)
+        try:
+            return model.request(question, **settings)
+        except RequestError as exc:
+            raise Refusal(str(exc), code="unknown_question", param=param) from exc
+
+    def trace(self, served: Served, question: str, options: PlaitOptions) -> Trace | None:
+        """Where the run's events go, if it was asked for."""
+        if not options.trace:
+            return None
+        id = f"run_{secrets.token_hex(12)}"
+        trace = Trace(id=id, client=self.client.name, model=served.name, question=question[:2000])
+        self.service.traces.add(trace)
+        return trace
+
+
+def _checked(ids: Sequence[int], served: Served, param: str) -> tuple[int, ...]:
+    """A client's own ids: in the vocabulary, and none that controls, but for the one that opens a prompt."""
+    tokenizer = served.model.tokenizer
+    for number, id in enumerate(ids):
+        if not 0 <= id < len(tokenizer.tokens):
+            raise Refusal(f"token id {id} is not in the vocabulary of {len(tokenizer.tokens)}", param=param)
+        text = tokenizer.tokens[id]
+        if text in tokenizer.control and not (number == 0 and id in tokenizer.bos_ids):
+            raise Refusal(f"token id {id} is {text}, a control token; a prompt has none", param=param)
+    return tuple(ids)
+
+
+def _meta(served: Served, request: Request, trace: Trace) -> dict[str, Any]:
+    """What a trace's first line says: what the logs of `plait solve` say."""
+    model = served.model
+    try:
+        problem = tasks.parse(trace.question)
+        asked = {"question": problem.question, "family": problem.family, "prompt": problem.prompt}
+    except RequestError:
+        asked = {"question": trace.question}
+    return {
+        **asked,
+        "model": model.id,
+        "temperature": request.temperature,
+        "tokenizer": describe(model.tokenizer),
+    }
+
+
+def _engine_options(engine: str, config: ServeConfig) -> dict[str, Any]:
+    """Room for as many threads as may sample at once."""
+    if engine != "llamacpp":
+        return {}
+    # Each request also holds the context that its threads come from.
+    return {"max_seqs": min(256, 2 * config.max_threads), "cells": max(4096, 512 * config.max_threads)}
