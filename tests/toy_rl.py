@@ -1,7 +1,7 @@
 """Toys for the tests of reinforcement learning: a model that knows the form of an answer, and tasks to learn by reward.
 
 Prompts are one digit from 0 to 3. In the copy task the right response is that digit. In the fork task the work may be
-done in one line or by two threads, and is so short that opening threads takes longer: what differs is the critical path.
+done in one line or by two threads, and is so short that opening threads takes longer: only the critical path differs.
 """
 
 from __future__ import annotations
