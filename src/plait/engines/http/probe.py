@@ -69,12 +69,12 @@ async def probe(
     pages = await _pages(client, url)
     kind = kind or _kind(url, pages)
     server = _described(url, kind, pages, model)
-    refusal: EngineError | None = None
+    refusal: EngineProtocolError | None = None
     for dialect in _dialects(kind, pages):
         try:
             told = await _trial(client, url, server, dialect)
         except EngineProtocolError as exc:
-            refusal = refusal or exc
+            refusal = exc
             continue
         return _with_route(server, dialect, told), dialect
     assert refusal is not None

@@ -1,0 +1,574 @@
+"""HTTP engines against small true servers on loopback: the contract in every dialect, faults, placement, cancelling."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+
+pytest.importorskip("httpx2", reason="needs the http extra")
+
+from fake_servers import (
+    CONTROL,
+    VOCAB,
+    FakeCompletions,
+    FakeLlamaServer,
+    FakeServer,
+    FakeSglang,
+    FakeVllm,
+    Fault,
+)
+from plait.engines.http import HttpEngine, Timeouts, affinity
+from plait.engines.http.engine import base_urls, read_metrics
+from plait.errors import (
+    ContextLengthError,
+    EngineError,
+    EngineProtocolError,
+    EngineTimeout,
+    EngineUnavailable,
+    RequestError,
+    UnsupportedJoin,
+)
+from plait.session import run
+from plait.testing.conformance import check_engine
+from plait.testing.strategies import CLOSE, EOS, FORK, ToyFormat
+from plait.types import Budget, Request, SamplingParams, StopReason
+
+pytestmark = pytest.mark.anyio
+
+PROMPT = tuple(range(10, 30))
+QUICK = Timeouts(connect_s=2, first_token_s=2, next_token_s=2, probe_s=2)
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def only_on_asyncio(test: Any) -> Any:
+    """What does not touch the event loop is tested on one."""
+    return pytest.mark.parametrize("anyio_backend", ["asyncio"])(test)
+
+
+@asynccontextmanager
+async def opened(*servers: FakeServer, **options: Any) -> AsyncIterator[HttpEngine]:
+    """An engine over servers; what the probe asked of them is forgotten."""
+    async with AsyncExitStack() as stack:
+        urls = [await stack.enter_async_context(server.serve()) for server in servers]
+        engine = await stack.enter_async_context(HttpEngine(urls, **{"timeouts": QUICK, **options}))
+        for server in servers:
+            server.seen.clear()
+        yield engine
+
+
+async def call(
+    engine: HttpEngine, ids: tuple[int, ...] = PROMPT, *, into: list[int] | None = None, **params: Any
+) -> tuple[list[int], StopReason | None]:
+    sampled: list[int] = [] if into is None else into
+    stop = None
+    async with aclosing(engine.generate((ids,), SamplingParams(**{"max_tokens": 6, **params}))) as chunks:
+        async for chunk in chunks:
+            sampled += chunk.token_ids
+            stop = chunk.stop
+    return sampled, stop
+
+
+async def said_by_the_model(ids: tuple[int, ...] = PROMPT, max_tokens: int = 6) -> list[int]:
+    sampled: list[int] = []
+    async with aclosing(FakeVllm().model().generate((ids,), SamplingParams(max_tokens=max_tokens))) as chunks:
+        async for chunk in chunks:
+            sampled += chunk.token_ids
+    return sampled
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    with anyio.fail_after(2):
+        while not holds():  # noqa: ASYNC110 - a server of its own has no event to wait for
+            await anyio.sleep(0.002)
+
+
+DIALECTS: dict[str, tuple[Callable[..., FakeServer], str, str]] = {
+    "vllm native": (FakeVllm, "vllm", "/inference/v1/generate"),
+    "vllm completions": (lambda **o: FakeVllm(native=False, **o), "vllm", "/v1/completions"),
+    "sglang": (FakeSglang, "sglang", "/generate"),
+    "sglang incremental": (lambda **o: FakeSglang(incremental=True, **o), "sglang", "/generate"),
+    "llama-server": (FakeLlamaServer, "llama-server", "/completion"),
+    "completions": (FakeCompletions, "completions", "/v1/completions"),
+}
+
+
+# The contract -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dialect", "anyio_backend"),
+    [*((d, "asyncio") for d in DIALECTS), ("vllm native", "trio"), ("llama-server", "trio")],
+)
+async def test_every_dialect_obeys_every_clause(dialect: str) -> None:
+    make, kind, route = DIALECTS[dialect]
+    # The server's own end-of-sequence is no eos id of these calls: they have to go on behind it.
+    server = make(own_eos=None if dialect == "completions" else 7, max_context=200)
+    async with server.serve():
+        engine = HttpEngine(server.url, timeouts=QUICK, max_context=200)
+        checked = await check_engine(lambda: engine, vocab_size=VOCAB, tolerance=1e-6)
+        assert checked == [*(f"C{i}" for i in range(1, 10)), "M0", "C10"]
+        assert (engine.servers[0].kind, engine.servers[0].route, engine.max_context) == (kind, route, 200)
+
+
+@only_on_asyncio
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_a_server_ends_a_call_itself_or_its_stream_is_closed(dialect: str) -> None:
+    make, *_ = DIALECTS[dialect]
+    said = await said_by_the_model(max_tokens=20)
+    stop = said[3]
+    cut = said[: said.index(stop) + 1]
+    server = make(token_s=0.002)
+    async with opened(server) as engine:
+        assert await call(engine, max_tokens=300, stop_ids=(stop,)) == (cut, StopReason.STOP)
+        await eventually(lambda: not server.running)
+        assert server.aborted == (1 if dialect == "completions" else 0)
+
+
+@only_on_asyncio
+async def test_a_control_token_stops_a_llama_server() -> None:
+    server = FakeLlamaServer(weights={41: 30.0}, token_s=0.001)
+    async with opened(server) as engine:
+        sampled, stop = await call(engine, max_tokens=300, stop_ids=(41,))
+        assert (sampled[-1], stop, sampled.count(41)) == (41, StopReason.STOP, 1)
+        assert server.seen[-1].body["preserved_tokens"] == [CONTROL[41]]
+        await eventually(lambda: not server.running)
+        assert server.aborted == 0, "the server ended the call itself"
+
+
+@only_on_asyncio
+async def test_a_llama_server_that_stops_at_the_spelling_of_a_stop_is_asked_to_go_on() -> None:
+    said = await said_by_the_model(max_tokens=60)
+    # The text of id 3, "3,", also ends "13,".
+    stop = next(d for d in range(1, 10) if any(id > 10 and id % 10 == d for id in said[: (*said, d).index(d)]))
+    cut = (*said, stop).index(stop) + 1
+    server = FakeLlamaServer()
+    async with opened(server) as engine:
+        sampled, _ = await call(engine, max_tokens=60, stop_ids=(stop,))
+    assert sampled == said[:cut]
+    assert len(server.seen) > 1
+
+
+@only_on_asyncio
+async def test_what_is_asked_leaves_nothing_to_the_defaults_of_a_server() -> None:
+    async with opened(FakeLlamaServer()) as engine:
+        await call(engine, temperature=0.7, top_p=0.9, top_k=5, seed=2**40)
+    for native in (True, False):
+        server = FakeVllm(native=native)
+        async with opened(server) as engine:
+            await call(engine, temperature=0.7, top_p=0.9, top_k=5, seed=2**40)
+            body = server.seen[0].body
+            params = body["sampling_params"] if native else body
+            wanted = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 2**40, "repetition_penalty": 1.0}
+            assert wanted.items() <= params.items()
+
+
+@only_on_asyncio
+async def test_banned_ids_take_the_route_that_knows_them() -> None:
+    server = FakeVllm()
+    async with opened(server) as engine:
+        sampled, _ = await call(engine, max_tokens=40, banned_ids=(3,))
+        assert 3 not in sampled
+        assert [seen.path for seen in server.seen] == ["/v1/completions"]
+
+
+@only_on_asyncio
+async def test_without_logprobs_every_token_has_zero() -> None:
+    server = FakeVllm()
+    async with (
+        opened(server) as engine,
+        aclosing(engine.generate((PROMPT,), SamplingParams(max_tokens=4, logprobs=False))) as chunks,
+    ):
+        assert [p async for chunk in chunks for p in chunk.logprobs] == [0.0] * 4
+    assert server.seen[0].body["sampling_params"]["logprobs"] is None
+
+
+# Forks and joins ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", ["vllm native", "sglang", "llama-server"])
+async def test_a_run_over_http_is_the_run_in_process(dialect: str) -> None:
+    weights = {FORK: 6.0, CLOSE: 3.0, EOS: 0.5}
+    server = DIALECTS[dialect][0](weights=weights, max_context=4096)
+    request = Request(prompt_ids=PROMPT, budget=Budget(max_threads=12, max_tokens=150, max_depth=2))
+    reference = await run(request, engine=server.model(), format=ToyFormat())
+    assert reference.usage().threads > 2
+    async with opened(server) as engine:
+        tree = await run(request, engine=engine, format=ToyFormat())
+    assert shape(tree) == shape(reference)
+    keys = {seen.headers["x-session-id"] for seen in server.seen}
+    assert len(server.seen) > 3
+    assert len(keys) == 1, "threads of a run share a key"
+
+
+def shape(tree: Any) -> dict[str, Any]:
+    return {s.id: (s.parent, s.joins, s.forced_ids, tuple(s.sampled_ids), s.stop) for s in tree.segments.values()}
+
+
+@only_on_asyncio
+async def test_a_format_that_merges_is_refused_before_anything_is_sent() -> None:
+    server = FakeVllm()
+    async with opened(server) as engine:
+        with pytest.raises(UnsupportedJoin, match="llamacpp"):
+            await run(Request(prompt_ids=PROMPT), engine=engine, format=ToyFormat(join_kind="merge"))
+        assert server.seen == []
+
+
+@only_on_asyncio
+async def test_forks_find_their_prefix_on_the_replica_that_ran_it() -> None:
+    first, second = FakeVllm(), FakeVllm()
+    async with opened(first, second) as engine:
+        for start in (0, 20, 1):
+            prompt = tuple((start + k) % 40 for k in range(40))
+            parent, _ = await call(engine, prompt)
+            async with anyio.create_task_group() as forks:
+                for k in range(4):
+                    forks.start_soon(call, engine, (*prompt, *parent, 41, k))
+        by_key = {}
+        for server in (first, second):
+            for seen in server.seen:
+                by_key.setdefault(seen.headers["x-session-id"], []).append((server, seen))
+        assert sorted(map(len, by_key.values())) == [5, 5, 5]
+        for calls in by_key.values():
+            assert len({id(server) for server, _ in calls}) == 1
+            assert all(seen.cached >= 32 for _, seen in calls[1:])
+            assert {seen.headers["x-smg-routing-key"] for _, seen in calls} == {
+                seen.headers["x-session-id"] for _, seen in calls
+            }
+        stats = engine.stats()
+        assert stats.reused_tokens == sum(s.cached for server in (first, second) for s in server.seen)
+        assert stats.prefill_tokens + stats.reused_tokens == sum(
+            len(s.body["token_ids"]) for server in (first, second) for s in server.seen
+        )
+
+
+async def test_calls_at_once_on_a_cold_prefix_prefill_it_once() -> None:
+    prefix = tuple(k % 37 for k in range(160))
+    for share, computed in ((True, 1), (False, 4)):
+        server = FakeVllm(prefill_s=0.05)
+        async with opened(server, share_prefill=share) as engine, anyio.create_task_group() as calls:
+            for k in range(4):
+                calls.start_soon(call, engine, (*prefix, k, k))
+        assert sum(seen.cached < 100 for seen in server.seen) == computed
+
+
+async def test_a_failed_prefill_lets_those_who_waited_go_on() -> None:
+    server = FakeVllm(prefill_s=0.02)
+    prefix = tuple(k % 37 for k in range(160))
+    outcomes: list[Any] = []
+
+    async def one(engine: HttpEngine, k: int) -> None:
+        try:
+            outcomes.append((await call(engine, (*prefix, k)))[1])
+        except EngineError as exc:
+            outcomes.append(type(exc))
+
+    async with opened(server) as engine:
+        server.faults.append(Fault(kind="html"))
+        async with anyio.create_task_group() as calls:
+            for k in range(3):
+                calls.start_soon(one, engine, k)
+    assert sorted(map(str, outcomes)) == sorted(map(str, [EngineProtocolError, StopReason.LENGTH, StopReason.LENGTH]))
+
+
+@only_on_asyncio
+async def test_a_busy_replica_passes_work_on() -> None:
+    first, second = FakeVllm(token_s=0.01), FakeVllm(token_s=0.01)
+    async with opened(first, second) as engine:
+        engine._placement._spread = 2
+        await call(engine, PROMPT, max_tokens=1)
+        async with anyio.create_task_group() as calls:
+            for k in range(6):
+                calls.start_soon(call, engine, (*PROMPT, *await said_by_the_model(max_tokens=1), k))
+        assert min(len(first.seen), len(second.seen)) >= 2
+
+
+async def test_what_a_caller_states_reaches_the_server() -> None:
+    completions, sglang = FakeVllm(native=False), FakeSglang()
+    async with opened(completions) as engine:
+        with affinity("run-7", cache_salt="tenant-a"):
+            async with anyio.create_task_group() as calls:
+                calls.start_soon(call, engine, (1, 2, 3))
+                calls.start_soon(call, engine, (4, 5, 6))
+        for seen in completions.seen:
+            assert (seen.body["session_id"], seen.body["cache_salt"]) == ("run-7", "tenant-a")
+            assert seen.headers["x-session-id"] == "run-7"
+        await call(engine, (1, 2, 3))
+        assert "cache_salt" not in completions.seen[-1].body
+        assert completions.seen[-1].body["session_id"] != "run-7"
+    async with opened(sglang) as engine:
+        with affinity("run-7", cache_salt="tenant-a"):
+            await call(engine)
+        assert (sglang.seen[0].body["routing_key"], sglang.seen[0].body["cache_salt"]) == ("run-7", "tenant-a")
+
+
+@only_on_asyncio
+@pytest.mark.parametrize(("key", "salt"), [("", None), ("a\nb", None), ("k", "a@b"), ("k", "x" * 129), ("k", "")])
+async def test_keys_and_salts_that_servers_refuse_are_refused_here(key: str, salt: str | None) -> None:
+    with pytest.raises(RequestError), affinity(key, cache_salt=salt):
+        pass
+
+
+# Cancellation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_leaving_a_call_ends_it_on_the_server(dialect: str) -> None:
+    server = DIALECTS[dialect][0](token_s=0.005, max_context=4096)
+    async with opened(server) as engine:
+        async with aclosing(engine.generate((PROMPT,), SamplingParams(max_tokens=2000))) as chunks:
+            await anext(chunks)
+            assert server.running == 1
+        await eventually(lambda: not server.running and server.aborted == 1)
+        with anyio.move_on_after(0.02):
+            await call(engine, max_tokens=2000)
+        await eventually(lambda: not server.running and server.aborted == 2)
+        assert engine.stats().active == 0
+        assert (await call(engine))[1] is StopReason.LENGTH
+
+
+async def test_a_failed_branch_ends_its_siblings_on_the_server() -> None:
+    server = FakeVllm(token_s=0.002, weights={FORK: 8.0, CLOSE: 0.001, EOS: 0.001}, max_context=4096)
+    request = Request(prompt_ids=PROMPT, budget=Budget(max_threads=4, max_tokens=400, max_depth=1))
+    async with opened(server) as engine:
+        server.faults += [Fault(kind="stall", after=10**6)] * 3 + [Fault(kind="garbage", after=5)]
+        with pytest.raises(EngineProtocolError, match="not JSON"):
+            await run(request, engine=engine, format=ToyFormat(nested=False))
+        await eventually(lambda: not server.running)
+        assert engine.stats().active == 0
+
+
+async def test_closing_the_engine_ends_calls_that_run() -> None:
+    server = FakeVllm(token_s=0.01)
+    async with opened(server, retries=0) as engine, anyio.create_task_group() as tasks:
+
+        async def one() -> None:
+            with pytest.raises(EngineError):
+                await call(engine, max_tokens=300)
+
+        tasks.start_soon(one)
+        await eventually(lambda: server.running == 1)
+        await engine.aclose()
+    assert server.running == 0
+
+
+@only_on_asyncio
+async def test_connections_are_used_again() -> None:
+    server = FakeVllm()
+    async with opened(server) as engine:
+        before = server.connections
+        for _ in range(5):
+            await call(engine)
+        assert server.connections - before <= 1
+
+
+async def test_no_more_calls_than_allowed_run_at_once() -> None:
+    server = FakeVllm(token_s=0.002)
+    most = 0
+    async with opened(server, max_calls=2) as engine, anyio.create_task_group() as calls:
+        for k in range(6):
+            calls.start_soon(call, engine, (k, k + 1, k + 2))
+        for _ in range(10):
+            await anyio.sleep(0.002)
+            most = max(most, server.running)
+            assert server.running <= 2
+        assert engine.stats().queued > 0
+    assert most == 2
+
+
+# Faults -------------------------------------------------------------------------------------------------------------
+
+
+@only_on_asyncio
+@pytest.mark.parametrize("kind", ["503", "500", "cut", "error", "silent"])
+async def test_what_fails_before_the_first_token_is_sent_again(kind: Any) -> None:
+    server = FakeVllm()
+    async with opened(server) as engine:
+        server.faults.append(Fault(kind=kind))
+        assert (await call(engine))[0] == await said_by_the_model()
+        assert len(server.seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "says"),
+    [
+        ("cut", EngineError, "broke off"),
+        ("error", EngineError, "the engine died"),
+        ("silent", EngineError, "without saying why"),
+        ("garbage", EngineProtocolError, "not JSON"),
+        ("abort", EngineError, "aborted"),
+        ("stall", EngineTimeout, "no further token came within 0.1 s"),
+    ],
+)
+async def test_what_fails_after_a_token_is_an_error_at_once(kind: Any, error: type[EngineError], says: str) -> None:
+    server = FakeVllm()
+    async with opened(server, timeouts=Timeouts(next_token_s=0.1)) as engine:
+        server.faults.append(Fault(kind=kind, after=3, seconds=30))
+        got: list[int] = []
+        with pytest.raises(error, match=says):
+            await call(engine, into=got)
+        assert got == (await said_by_the_model())[: len(got)]
+        assert len(server.seen) == 1
+        await eventually(lambda: not server.running)
+        assert engine.stats().active == 0
+
+
+async def test_a_slow_first_token_is_waited_for_and_then_given_up() -> None:
+    server = FakeVllm()
+    async with opened(server, timeouts=Timeouts(first_token_s=0.3, next_token_s=0.05)) as engine:
+        server.faults.append(Fault(kind="slow", seconds=0.1))
+        assert (await call(engine))[1] is StopReason.LENGTH
+        server.faults.append(Fault(kind="slow", seconds=30))
+        with pytest.raises(EngineTimeout, match="no token came within"):
+            await call(engine)
+        assert len(server.seen) == 2, "a timeout is not tried again"
+        await eventually(lambda: not server.running)
+
+
+@only_on_asyncio
+async def test_a_server_that_stays_busy_is_given_up_and_its_wish_to_wait_is_heard() -> None:
+    server = FakeVllm()
+    async with opened(server, retries=2) as engine:
+        server.faults += [Fault(kind="503")] * 3
+        with pytest.raises(EngineUnavailable, match="no room"):
+            await call(engine)
+        assert len(server.seen) == 3
+        server.faults.append(Fault(kind="503", retry_after="0.4"))
+        before = anyio.current_time()
+        await call(engine)
+        assert anyio.current_time() - before >= 0.4
+
+
+@only_on_asyncio
+async def test_answers_that_no_server_should_give_name_the_clause() -> None:
+    server = FakeVllm()
+    said = await said_by_the_model()
+    async with opened(server) as engine:
+        server.faults.append(Fault(kind="html"))
+        with pytest.raises(EngineProtocolError, match="event stream"):
+            await call(engine)
+        server.heeds_bans = False
+        with pytest.raises(EngineProtocolError, match="C4: the server sampled a banned id"):
+            await call(engine, banned_ids=(said[2],))
+
+
+async def test_a_server_that_is_killed_is_an_error_and_its_replica_takes_over() -> None:
+    first, second = FakeVllm(token_s=0.005), FakeVllm()
+    async with anyio.create_task_group() as tasks, second.serve():
+        scope = anyio.CancelScope()
+
+        async def mortal(*, task_status: anyio.abc.TaskStatus[None]) -> None:
+            with scope:
+                async with first.serve():
+                    task_status.started()
+                    await anyio.sleep_forever()
+
+        await tasks.start(mortal)
+        async with HttpEngine([first.url, second.url], timeouts=QUICK) as engine:
+
+            async def cut_short() -> None:
+                async with aclosing(engine.generate((PROMPT,), SamplingParams(max_tokens=300))) as chunks:
+                    async for _ in chunks:
+                        scope.cancel()
+
+            with pytest.raises(EngineError, match="broke off"):
+                await cut_short()
+            second.seen.clear()
+            assert (await call(engine))[0] == await said_by_the_model()
+            assert (await call(engine, (1, 2, 3)))[1] is StopReason.LENGTH
+            assert len(second.seen) == 2
+        tasks.cancel_scope.cancel()
+
+
+# Opening ------------------------------------------------------------------------------------------------------------
+
+
+async def test_nobody_there_is_said_at_once() -> None:
+    with pytest.raises(EngineUnavailable, match=r"http://127\.0\.0\.1:9/v1/models cannot be reached"):
+        async with HttpEngine("http://127.0.0.1:9", timeouts=QUICK):
+            pass
+
+
+@only_on_asyncio
+async def test_a_server_that_is_loading_is_waited_for() -> None:
+    async with opened(FakeLlamaServer(loading=2)) as engine:
+        assert engine.servers[0].num_slots == 4
+
+
+@only_on_asyncio
+async def test_keys_are_sent_and_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="PLAIT_ENGINE_KEY"):
+        async with opened(FakeVllm(api_key="secret")):
+            pass
+    async with opened(FakeVllm(api_key="secret"), api_key="secret") as engine:
+        assert (await call(engine))[1] is StopReason.LENGTH
+    monkeypatch.setenv("PLAIT_ENGINE_KEY", "secret")
+    async with opened(FakeVllm(api_key="secret")) as engine:
+        assert engine.servers[0].kind == "vllm"
+
+
+@only_on_asyncio
+async def test_a_server_that_returns_text_alone_is_refused() -> None:
+    with pytest.raises(EngineProtocolError, match="token ids"):
+        async with opened(FakeCompletions(ids=False)):
+            pass
+
+
+@only_on_asyncio
+async def test_a_llama_server_without_a_vocabulary_is_not_asked_anything() -> None:
+    server = FakeLlamaServer(vocab_type=0)
+    with pytest.raises(RequestError, match="write_served"):
+        async with opened(server):
+            pass
+    assert server.seen == [], "the first call would abort it"
+
+
+@only_on_asyncio
+async def test_a_server_with_another_model_is_refused() -> None:
+    with pytest.raises(RequestError, match=f"{VOCAB} token ids"):
+        async with opened(FakeLlamaServer(), vocab_size=64):
+            pass
+
+
+@pytest.mark.parametrize("urls", ["", "localhost:8000", "ftp://x", "http://", "http://a b", []])
+def test_addresses_that_are_none_are_refused(urls: Any) -> None:
+    with pytest.raises(RequestError, match="http://host:port"):
+        HttpEngine(urls)
+
+
+def test_addresses_may_end_in_v1_and_come_as_a_list() -> None:
+    assert base_urls("http://a:1/v1/, https://b/x,http://a:1") == ("http://a:1", "https://b/x")
+
+
+@only_on_asyncio
+async def test_contexts_that_cannot_be_sent_are_refused_here() -> None:
+    server = FakeLlamaServer(max_context=100)
+    async with opened(server) as engine:
+        for ids in ((), (1, -1), (1, VOCAB)):
+            with pytest.raises(RequestError):
+                await call(engine, ids)
+        with pytest.raises(ContextLengthError):
+            await call(engine, (1,) * 100)
+        sampled, stop = await call(engine, (1,) * 95, max_tokens=50)
+        assert (len(sampled), stop) == (5, StopReason.LENGTH)
+    assert len(server.seen) == 1
+
+
+@only_on_asyncio
+async def test_a_context_length_that_only_the_server_knows_is_refused_there() -> None:
+    async with opened(FakeCompletions(max_context=50)) as engine:
+        with pytest.raises(ContextLengthError, match="maximum context"):
+            await call(engine, (1,) * 60)
+
+
+def test_metrics_are_summed_over_labels() -> None:
+    page = '# HELP a b\na{x="1"} 2\na{x="2 }"} 3.5\nb 7\nbroken\nc NaN?\n'
+    assert read_metrics(page) == {"a": 5.5, "b": 7.0}
