@@ -9,8 +9,8 @@ from typing import Any
 import anyio
 import pytest
 
-from random_trees import expand
 from plait.types import Context, Merge, SamplingParams
+from random_trees import expand
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
