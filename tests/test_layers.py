@@ -28,6 +28,7 @@ LAYERS = (
     ("train",),
     ("terminal",),
     ("viewer",),
+    ("viewer",),
     ("server",),
     ("commands",),
     ("cli",),
@@ -47,6 +48,7 @@ HEAVY = {
     "prometheus_client": ("server/__init__.py", "server/metrics.py"),
     "click": ("commands", "cli.py"),
     "hypothesis": ("testing/strategies.py",),
+    "selenium": (),
     "httpx2": ("engines/http/client.py",),
     # An engine that is woken from its own thread has to ask the running loop how.
     "trio": ("testing/clock.py", "engines/llamacpp/engine.py"),

@@ -1,6 +1,7 @@
 """Runs on disk: one event a line, readable at any moment, also after a crash or a full disk.
 
-Usually a log holds one run; where it holds several, each begins with its own `RunStarted`. Knows events and trees only. A line is written whole or, where the disk refuses, is the last; reading drops it.
+Usually a log holds one run; where it holds several, each begins with its own `RunStarted`. Knows events and trees only.
+A line is written whole or, where the disk refuses, is the last; reading drops it.
 """
 
 from __future__ import annotations

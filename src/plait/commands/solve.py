@@ -102,6 +102,12 @@ class _Solve:
         self.log_error: LogError | None = None
 
     async def main(self) -> int:
+        try:
+            return await self._main()
+        finally:
+            self._close_log()
+
+    async def _main(self) -> int:
         started = time.perf_counter()
         async with _opened(self.choice) as side:
             load_s = time.perf_counter() - started
@@ -210,8 +216,6 @@ class _Solve:
             if run is not None:
                 for event in run.pending():
                     take(event)
-            if self.log is not None:
-                self.log.close()
 
     def _request(self, side: _Side) -> Request:
         options = self.options
@@ -231,6 +235,7 @@ class _Solve:
             "prompt": self.problem.prompt,
             "model": side.model.id,
             "temperature": self.options.temperature,
+            "started_unix_s": round(time.time(), 3),
             "tokenizer": describe(side.model.tokenizer),
         }
 
@@ -251,9 +256,9 @@ class _Solve:
 
     async def _timed(self, side: _Side, other: _Side, result: _Result) -> tuple[Tree, float, float, int]:
         """Time both in turn; the first run of each, which pays for what later ones find ready, counts only if alone."""
-        self.log = None
         own: list[float] = [result.wall_s]
         twin = await self._run(other, None)
+        self._close_log()
         twins: list[float] = [twin.wall_s]
         until = time.perf_counter() + TIMING_S
         while len(own) <= MAX_RUNS and time.perf_counter() + own[-1] + twins[-1] < until:
@@ -329,6 +334,12 @@ class _Solve:
             self.log = RunLog(path)
         except LogError as exc:
             self.log_error = exc
+
+    def _close_log(self) -> None:
+        """After the run and the first of its twin: the log holds what was asked for, not what was timed."""
+        if self.log is not None:
+            self.log.close()
+            self.log = None
 
     def _write(self, event: Event) -> None:
         if self.log is None or self.log_error is not None:

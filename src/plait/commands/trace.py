@@ -1,4 +1,4 @@
-"""`plait trace show`: a log of a run as people read it, also one that was cut off."""
+"""`plait trace show`: a log's runs as people read them, also one that was cut off."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import TreeError
-from plait.log import read_log
+from plait.events import Event
+from plait.log import read_log, split_runs
 from plait.terminal.plain import plain_lines
 from plait.terminal.reading import Reader, reader_of, seconds
 from plait.terminal.truth import Cost, truth
@@ -17,7 +18,7 @@ from plait.types import StopReason
 
 
 def show(path: str, *, as_json: bool = False, wire: bool = False, lanes: bool | None = None) -> int:
-    """Print the tree of a log.
+    """Print the trees of a log; with JSON one line for each run.
 
     Args:
         path: What `plait solve --trace` wrote.
@@ -28,15 +29,23 @@ def show(path: str, *, as_json: bool = False, wire: bool = False, lanes: bool | 
         LogError: The file cannot be read.
         TreeError: It is not a log, or contradicts itself.
     """
-    events = read_log(path)
-    if not events:
+    runs = split_runs(read_log(path))
+    if not runs:
         raise TreeError(f"{path} holds no whole event; is it a log that `plait solve --trace` wrote?")
+    for number, events in enumerate(runs):
+        if number and not as_json:
+            print()
+        _show(path, events, as_json=as_json, wire=wire, lanes=lanes)
+    return 0
+
+
+def _show(path: str, events: list[Event], *, as_json: bool, wire: bool, lanes: bool | None) -> None:
     tree = Tree.from_events(events)
     reader = reader_of(tree.meta)
     cut = _cut(path, tree)
     if as_json:
         print(json.dumps(_data(tree, reader, seconds(events), cut)))
-        return 0
+        return
     _head(tree)
     if wire:
         _wire(tree, reader)
@@ -48,7 +57,6 @@ def show(path: str, *, as_json: bool = False, wire: bool = False, lanes: bool | 
     if cut:
         print(cut)
     print(truth(Cost(name="", usage=tree.usage(), wall_s=seconds(events))))
-    return 0
 
 
 def _cut(path: str, tree: Tree) -> str:

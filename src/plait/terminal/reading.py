@@ -75,6 +75,11 @@ class Reader:
         self._tokenizer, self._format = tokenizer, format
         self._pieces: dict[int, str] = {}
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where ids are all there is to show."""
+        return self._tokenizer
+
     def text(self, ids: Sequence[int]) -> str:
         """Text of ids without control tokens."""
         if self._tokenizer is None:

@@ -1,0 +1,165 @@
+// Asks a server: `POST /plait/runs` answers with the run's events as they happen, one JSON line each.
+
+// Reads one run; calls `on(run)` after every batch. Leaving (abort) cancels the run at the server.
+async function ask(body, signal, on) {
+  const reply = await fetch('/plait/runs', {
+    method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(body), signal,
+  });
+  if (!reply.ok) {
+    let message = `the server says ${reply.status}`;
+    try { message = (await reply.json()).error.message || message; } catch { /* no JSON: the status is all there is */ }
+    throw new Error(message);
+  }
+  let run = new Run(), last = null;
+  const reader = reply.body.getReader(), decoder = new TextDecoder();
+  let rest = '';
+  for (;;) {
+    const { done, value } = await reader.read();
+    rest += decoder.decode(value || new Uint8Array(), { stream: !done });
+    const frames = rest.split(/\r?\n\r?\n/);
+    rest = frames.pop();
+    for (const frame of frames) {
+      const { name, data } = parseFrame(frame);
+      if (data === '') continue;
+      const about = JSON.parse(data);
+      if (name === 'message') run.apply(about);
+      else if (name === 'run') last = about;
+      else if (name === 'usage') { run.usage = about; run.answer = about.answer ?? null; }
+      else if (name === 'error') { run.cut = run.cut || 'the run failed'; on(run); throw new Error(about.error.message); }
+    }
+    if (last) {
+      const whole = new Run(last);
+      if (run.answer !== null) whole.answer = run.answer;
+      run = whole;
+      last = null;
+    }
+    if (frames.length) on(run);
+    if (done) break;
+  }
+  if (!run.finished) { run.cut = 'the stream ended before the run'; on(run); }
+  return run;
+}
+
+function parseFrame(frame) {
+  let name = 'message';
+  const data = [];
+  for (const line of frame.split(/\r?\n/)) {
+    if (line.startsWith('event:')) name = line.slice(6).trim();
+    else if (line.startsWith('data:')) data.push(line.slice(5).replace(/^ /, ''));
+  }
+  return { name, data: data.join('\n') };
+}
+
+const EXAMPLES = ['What is 347 * 526?', 'What is 347 * 52, 88 + 977 and 612 * 34?', 'What is 34 * 27 + 58 * 16?'];
+
+class AskView {
+  // keep(run): the run goes to the list; show(view): what a finished run is looked at with
+  constructor({ keep, trace }) {
+    this.keep = keep;
+    this.trace = trace;
+    this.models = [];
+    this.box = el('input', {
+      class: 'question', type: 'text', placeholder: 'Type a question, watch it split', 'aria-label': 'Question',
+      autocomplete: 'off', spellcheck: 'false', maxlength: 4000,
+    });
+    this.model = el('select', { 'aria-label': 'Model', onchange: () => this._twin() });
+    this.race = el('input', { type: 'checkbox', id: 'race' });
+    this.go = el('button', { class: 'go', type: 'submit' }, 'Ask');
+    this.stop = el('button', { class: 'go quiet', type: 'button', hidden: true, onclick: () => this.abort.abort() }, 'Stop');
+    this.error = el('p', { class: 'error', role: 'alert', hidden: true });
+    this.raceLabel = el('label', { for: 'race', class: 'check' }, this.race, 'race its sequential twin');
+    this.under = el('div', { class: 'under' });
+    this.node = el('div', { class: 'ask' },
+      el('form', { onsubmit: (e) => { e.preventDefault(); this.run(); } }, this.box, this.model, this.go, this.stop),
+      el('div', { class: 'tools' }, this.raceLabel,
+        el('span', { class: 'examples' }, EXAMPLES.map((q) => el('button', { class: 'chip', onclick: () => { this.box.value = q; this.run(); } }, q)))),
+      this.error, this.under);
+    this._models();
+  }
+
+  async _models() {
+    try {
+      const reply = await fetch('/v1/models');
+      this.models = (await reply.json()).data || [];
+    } catch { this.models = []; }
+    this.model.replaceChildren(...this.models.map((m) => el('option', { value: m.id, selected: Boolean(m.plait && m.plait.default) }, m.id)));
+    this.model.hidden = this.models.length < 2;
+    this._twin();
+  }
+
+  twin() {
+    const model = this.models.find((m) => m.id === this.model.value);
+    const twin = model && model.plait && model.plait.twin;
+    return twin && this.models.some((m) => m.id === twin) ? twin : null;
+  }
+
+  _twin() { this.raceLabel.hidden = !this.twin(); }
+
+  async run() {
+    const question = this.box.value.trim();
+    if (!question) return;
+    if (this.abort) this.abort.abort();
+    const abort = this.abort = new AbortController();
+    this.error.hidden = true;
+    this.stop.hidden = false;
+    this._clear();
+    const models = this.race.checked && this.twin() ? [this.model.value, this.twin()] : [this.model.value];
+    const runs = models.map(() => new Run());
+    let pending = 0;
+    const seen = (i, run) => {
+      runs[i] = run;
+      if (!pending) pending = requestAnimationFrame(() => { pending = 0; if (this.abort === abort) this._draw(runs); });
+    };
+    try {
+      const asked = models.map((model, i) => ask(model ? { question, model } : { question }, abort.signal, (run) => seen(i, run)));
+      const done = await Promise.all(asked);
+      cancelAnimationFrame(pending);
+      this._finish(done);
+    } catch (failure) {
+      if (this.abort !== abort) return;
+      abort.abort();
+      this.error.textContent = failure.name === 'AbortError' ? 'stopped' : failure.message;
+      this.error.hidden = false;
+    } finally {
+      if (this.abort === abort) this.stop.hidden = true;
+    }
+  }
+
+  _draw(runs) {
+    if (runs.some((run) => !run.segments.size)) return;
+    const same = this.view && this.shown.every((run, i) => run === runs[i]);
+    if (same) return this.view.refresh();
+    this._clear();
+    this.shown = [...runs];
+    this.view = runs.length > 1 ? new RaceView(runs[0], runs[1]) : this.trace(runs[0]);
+    this.under.append(this.view.node);
+    this.view.refresh();
+  }
+
+  // A run that was over before it could be watched is replayed slowly.
+  _finish(runs) {
+    this.shown = [];
+    this._draw(runs);
+    runs.forEach((run) => this.keep(run));
+    if (this.view && Math.max(...runs.map((run) => run.wall)) < 1.5) {
+      if (this.view.lanes) this.view.setAxis('time');
+      this.view.player.play();
+    }
+  }
+
+  _clear() {
+    if (this.view) this.view.close();
+    this.view = null;
+    this.shown = [];
+    this.under.replaceChildren();
+  }
+
+  key(e) {
+    if (e.key === '/') { this.box.focus(); return true; }
+    return this.view ? this.view.key(e) : false;
+  }
+
+  restyle() { if (this.view) this.view.restyle(); }
+
+  close() { /* kept while other views are shown: its run goes on */ }
+}

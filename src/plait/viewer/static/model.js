@@ -1,0 +1,262 @@
+// A run as the views read it, from the values of `describe_run` or from live events. Draws nothing.
+// Critical path, steps and positions are the tree's own and come as data; a live run has none until its end.
+
+const BROKEN = new Set(['cancelled', 'malformed', 'budget', 'length']);
+
+class Segment {
+  constructor(index, about) {
+    Object.assign(this, {
+      index, chunks: [], forced: [], sampled: [], logprobs: [], joins: [], join: 'none', keep: null,
+      critical: false, steps: null, positions: null, stop: null, note: '', t: [0, 0],
+    }, about);
+    this.thread = this.id.slice(0, this.id.lastIndexOf(':'));
+    this.number = Number(this.id.slice(this.id.lastIndexOf(':') + 1));
+  }
+
+  get length() { return this.forced.length + this.sampled.length; }
+
+  token(i) { return i < this.forced.length ? this.forced[i] : this.sampled[i - this.forced.length]; }
+
+  inserted(i) { return i < this.forced.length; }
+
+  logprob(i) { return i < this.forced.length ? null : this.logprobs[i - this.forced.length]; }
+
+  // Seconds at which each sampled token was there; the tokens of a chunk spread over the time since the one before.
+  times() {
+    if (this._times && this._times.length === this.sampled.length) return this._times;
+    const times = [];
+    let before = this.t[0];
+    for (const [count, t] of this.chunks) {
+      for (let i = 1; i <= count; i++) times.push(before + (t - before) * i / count);
+      before = t;
+    }
+    return this._times = times;
+  }
+
+  get first() { return this.chunks.length ? this.chunks[0][1] : this.t[1]; }
+}
+
+class Run {
+  constructor(about = {}) {
+    this.name = about.name || '';
+    this.meta = about.meta || {};
+    this.seed = about.seed || 0;
+    this.answer = about.answer ?? null;
+    this.right = about.right ?? null;
+    this.stop = about.stop || null;
+    this.note = about.note || '';
+    this.cut = about.cut || '';
+    this.wall = about.wall_s || 0;
+    this.usage = about.usage || null;
+    this.known = Boolean(about.segments);
+    this.segments = new Map();
+    this.threads = new Map();
+    this.labels = new Map();
+    this.setPieces(about.pieces || null);
+    const infos = new Map((about.threads || []).map((info) => [info.name, info]));
+    for (const info of infos.values()) this.labels.set(info.name, info.label);
+    for (const segment of about.segments || []) this._add(new Segment(this.segments.size, segment));
+    for (const [name, info] of infos) if (this.threads.has(name)) this.threads.get(name).info = info;
+  }
+
+  get question() { return String(this.meta.question || this.meta.prompt || this.name || 'A run'); }
+
+  get model() { return String(this.meta.model || '').split('@')[0]; }
+
+  // Whether its tree was read: then there are steps, positions and a critical path.
+  get derived() { return this.known; }
+
+  get finished() { return this.stop !== null || this.cut !== ''; }
+
+  setPieces(pieces) {
+    this._texts = pieces ? pieces.texts : null;
+    this._control = new Set(pieces ? pieces.control : []);
+  }
+
+  text(id) {
+    if (!this._texts) return `${id} `;
+    return this._texts[id] ?? `<${id}?>`;
+  }
+
+  control(id) { return this._control.has(id); }
+
+  // Fold one event of a live run.
+  apply(event) {
+    switch (event.event) {
+      case 'RunStarted': {
+        this.meta = event.meta || {};
+        this.seed = event.seed;
+        const about = this.meta.tokenizer;
+        if (about && Array.isArray(about.tokens)) {
+          const control = new Set(about.control || []);
+          const ids = about.tokens.map((text, id) => (control.has(text) ? id : -1)).filter((id) => id >= 0);
+          this.setPieces({ texts: about.tokens, control: ids });
+        }
+        break;
+      }
+      case 'ThreadForked':
+        event.threads.forEach((name, i) => this.labels.set(name, event.labels[i] || ''));
+        break;
+      case 'SegmentStarted':
+        this._add(new Segment(this.segments.size, {
+          id: event.id, parent: event.parent, forced: event.forced_ids || [], joins: event.joins || [],
+          join: event.join, keep: event.keep, t: [event.t, event.t],
+        }));
+        break;
+      case 'TokensSampled': {
+        const segment = this.segments.get(event.id);
+        for (const id of event.token_ids) segment.sampled.push(id);
+        for (const p of event.logprobs) segment.logprobs.push(p);
+        segment.chunks.push([event.token_ids.length, event.t]);
+        segment.t[1] = event.t;
+        break;
+      }
+      case 'SegmentEnded': {
+        const segment = this.segments.get(event.id);
+        segment.stop = event.stop;
+        segment.note = event.note || '';
+        segment.t[1] = event.t;
+        break;
+      }
+      case 'RunEnded':
+        this.stop = event.stop;
+        this.note = event.note || '';
+        break;
+      default:
+    }
+    if (event.t) this.wall = Math.max(this.wall, event.t);
+  }
+
+  _add(segment) {
+    this.segments.set(segment.id, segment);
+    const name = segment.thread;
+    let thread = this.threads.get(name);
+    if (!thread) {
+      const cut = name.lastIndexOf('/');
+      const up = cut < 0 ? null : this.threads.get(name.slice(0, cut));
+      thread = { name, up, depth: up ? up.depth + 1 : 0, segments: [], children: [], info: null };
+      this.threads.set(name, thread);
+      if (up) up.children.push(thread);
+    }
+    thread.segments.push(segment);
+    this._order = this._walk = null;
+  }
+
+  label(thread) { return this.labels.get(thread.name) || ''; }
+
+  number(thread) { return thread.up ? Number(thread.name.slice(thread.name.lastIndexOf('.') + 1)) + 1 : 0; }
+
+  title(thread) {
+    if (!thread.up) return 'root';
+    return `thread ${this.number(thread)}`;
+  }
+
+  // Threads in program order, parents before children.
+  order() {
+    if (this._order) return this._order;
+    const out = [];
+    const visit = (thread) => {
+      out.push(thread);
+      thread.children.sort((a, b) => compare(a.name, b.name)).forEach(visit);
+    };
+    for (const thread of this.threads.values()) if (!thread.up) visit(thread);
+    return this._order = out;
+  }
+
+  // Segments as they are read: those of a block before the segment that joins them.
+  reading() {
+    if (this._walk) return this._walk;
+    const out = [];
+    const visit = (thread) => {
+      const blocks = new Map();
+      for (const child of thread.children) {
+        const at = Number(child.name.slice(thread.name.length + 1).split('.')[0]);
+        if (!blocks.has(at)) blocks.set(at, []);
+        blocks.get(at).push(child);
+      }
+      for (const segment of thread.segments) {
+        out.push(segment);
+        const block = blocks.get(segment.number);
+        if (block) block.sort((a, b) => compare(a.name, b.name)).forEach(visit);
+      }
+    };
+    for (const thread of this.threads.values()) if (!thread.up) visit(thread);
+    return this._walk = out;
+  }
+
+  joiner(thread) {
+    const last = thread.segments[thread.segments.length - 1].id;
+    if (!this._joiners || this._joined !== this.segments.size) {
+      this._joiners = new Map();
+      this._joined = this.segments.size;
+      for (const s of this.segments.values()) for (const id of s.joins) this._joiners.set(id, s);
+    }
+    return this._joiners.get(last) || null;
+  }
+
+  // What the token at `i` of a segment attends to: segment -> how many of its tokens. As `Tree.context` says.
+  sees(segment, i) {
+    const seen = new Map();
+    const read = (from, stop) => {
+      let at = from, keep = null;
+      while (at && at.id !== stop && !seen.has(at)) {
+        seen.set(at, keep === null ? at.length : Math.min(keep, at.length));
+        if (at.join === 'merge') for (const id of at.joins) read(this.segments.get(id), at.parent);
+        keep = at.keep;
+        at = at.parent === null ? null : this.segments.get(at.parent);
+      }
+    };
+    read(segment, null);
+    seen.set(segment, i + 1);
+    return seen;
+  }
+
+  // Text of a segment without control tokens.
+  plain(segment) {
+    let out = '';
+    for (const id of segment.sampled) if (!this.control(id)) out += this.text(id);
+    return out;
+  }
+
+  // How many tokens of a segment are there at a time; all of those inserted once it began.
+  shown(segment, clock) {
+    if (clock === null || clock >= segment.t[1]) return segment.length;
+    if (clock < segment.t[0]) return 0;
+    return segment.forced.length + upper(segment.times(), clock);
+  }
+
+  sampledAt(clock) {
+    let total = 0;
+    for (const s of this.segments.values()) total += Math.max(0, this.shown(s, clock) - s.forced.length);
+    return total;
+  }
+}
+
+// Order of thread names: numbers as numbers, parents first.
+function compare(a, b) {
+  const x = a.split(/[/.]/), y = b.split(/[/.]/);
+  for (let i = 0; i < Math.min(x.length, y.length); i++) if (x[i] !== y[i]) return Number(x[i]) - Number(y[i]);
+  return x.length - y.length;
+}
+
+// How many values of a sorted array are at most `value`.
+function upper(sorted, value) {
+  let low = 0, high = sorted.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle] <= value) low = middle + 1; else high = middle;
+  }
+  return low;
+}
+
+function seconds(t) {
+  if (t < 0.0000005) return '0 ms';
+  if (t < 0.001) return `${(t * 1e6).toFixed(0)} us`;
+  if (t < 0.01) return `${(t * 1e3).toFixed(2)} ms`;
+  if (t < 0.1) return `${(t * 1e3).toFixed(1)} ms`;
+  if (t < 1) return `${(t * 1e3).toFixed(0)} ms`;
+  if (t < 100) return `${t.toFixed(2)} s`;
+  return `${t.toFixed(0)} s`;
+}
+
+const count = (n, one, many = `${one}s`) => `${n.toLocaleString('en')} ${n === 1 ? one : many}`;

@@ -1,0 +1,176 @@
+// A clock that replays, and two runs beside each other on it, as fast as each of them was.
+
+// Replays `end` seconds; tells `on(clock)`; null where nothing is replayed and all is shown.
+class Player {
+  constructor(end, on) {
+    this.end = end;
+    this.on = on;
+    this.clock = null;
+    this.playing = false;
+    this.rate = this.calm();
+    this.button = el('button', { class: 'play', title: 'Replay (space)', 'aria-label': 'Replay', onclick: () => this.toggle() }, '\u25b6');
+    this.slide = el('input', { type: 'range', min: 0, max: 1000, value: 1000, 'aria-label': 'Time' });
+    this.slide.addEventListener('input', () => { this.pause(); this.seek(this.slide.value / 1000 * this.end); });
+    this.pace = el('select', { 'aria-label': 'Pace', onchange: () => { this.rate = Number(this.pace.value) || this.calm(); } });
+    this.node = el('div', { class: 'player' }, this.button, this.slide, this.pace);
+    this._paces();
+  }
+
+  // So slow that a short run can be watched; never faster than it was, unless it was very long.
+  calm() {
+    if (this.end > 30) return this.end / 20;
+    return Math.min(1, Math.max(this.end, 1e-4) / 6);
+  }
+
+  _paces() {
+    const calm = this.calm(), options = [[calm, calm < 0.99 ? `${fold(1 / calm)}x slower` : calm > 1.01 ? `${fold(calm)}x faster` : 'as it was']];
+    if (Math.abs(calm - 1) > 0.02) options.push([1, 'as it was']);
+    options.push([calm / 4, `${fold(4 / calm)}x slower`]);
+    this.pace.replaceChildren(...options.map(([rate, name]) => el('option', { value: rate }, name)));
+  }
+
+  setEnd(end) {
+    if (end === this.end) return;
+    this.end = end;
+    this.rate = this.calm();
+    this._paces();
+  }
+
+  toggle() { if (this.playing) this.pause(); else this.play(); }
+
+  play() {
+    if (this.clock === null || this.clock >= this.end) this.clock = 0;
+    this.playing = true;
+    this.button.textContent = '\u275a\u275a';
+    let before = performance.now();
+    const step = (now) => {
+      if (!this.playing) return;
+      this.seek(this.clock + (now - before) / 1000 * this.rate);
+      before = now;
+      if (this.clock < this.end) this._frame = requestAnimationFrame(step);
+      else this.pause();
+    };
+    this._frame = requestAnimationFrame(step);
+  }
+
+  pause() {
+    this.playing = false;
+    this.button.textContent = '\u25b6';
+    cancelAnimationFrame(this._frame);
+  }
+
+  seek(clock) {
+    this.clock = clamp(0, clock, this.end);
+    this._slid(this.clock / this.end);
+    this.on(this.clock);
+  }
+
+  // All of it again.
+  reset() {
+    this.pause();
+    this.clock = null;
+    this._slid(1);
+    this.on(null);
+  }
+
+  _slid(share) {
+    this.slide.value = share * 1000;
+    this.slide.style.setProperty('--at', `${share * 100}%`);
+  }
+
+  close() { this.pause(); }
+}
+
+const fold = (x) => (x >= 10 ? x.toFixed(0) : x.toFixed(1));
+
+class Side {
+  constructor(run, horizon) {
+    this.run = run;
+    this.time = el('output', { class: 'clock' });
+    this.much = el('span', { class: 'dim' });
+    this.answer = el('span', { class: 'answer' });
+    this.stage = el('div', { class: 'stage' });
+    this.reading = new Reading(run);
+    this.node = el('section', { class: 'side' },
+      el('header', {}, el('h2', {}, run.model || run.name || 'run'), this.much, this.answer, this.time),
+      this.stage, this.reading.node);
+    this.lanes = new Lanes(run, {}, { axis: 'time', horizon, most: 0.24 });
+    this.lanes.attach(this.stage);
+  }
+
+  show(clock) {
+    const run = this.run, over = clock === null || (run.finished && clock >= run.wall);
+    this.lanes.clock = clock === null || over ? null : clock;
+    this.lanes.draw();
+    this.reading.setClock(over ? null : clock);
+    if (clock !== null && !over) this.reading.node.scrollTop = this.reading.node.scrollHeight;
+    const t = over ? run.wall : clock;
+    this.time.textContent = t < 1 ? `${(t * 1e3).toFixed(t < 0.1 ? 1 : 0)} ms` : `${t.toFixed(2)} s`;
+    this.much.textContent = count(run.sampledAt(over ? null : clock), 'token');
+    this.node.classList.toggle('over', over);
+    this.answer.textContent = over && run.answer !== null ? run.answer : '';
+    if (over && !run.finished) this.node.classList.remove('over');
+  }
+
+  close() { this.lanes.close(); }
+}
+
+class RaceView {
+  constructor(first, second, { choose } = {}) {
+    this.runs = [first, second];
+    this.horizon = Math.max(first.wall, second.wall) || 1e-3;
+    this.sides = this.runs.map((run) => new Side(run, this.horizon));
+    this.player = new Player(this.horizon, (clock) => this.show(clock));
+    this.verdict = el('p', { class: 'sentence' });
+    this.node = el('div', { class: 'race' },
+      el('h1', {}, first.question), this.verdict,
+      el('div', { class: 'tools' }, this.player.node, choose || null),
+      el('div', { class: 'sides' }, this.sides.map((side) => side.node)));
+    this.show(null);
+  }
+
+  show(clock) {
+    this.sides.forEach((side) => side.show(clock));
+    this.verdict.textContent = this._verdict(clock);
+    const over = this.runs.map((run) => clock === null || (run.finished && clock >= run.wall));
+    const winner = this.runs[0].wall <= this.runs[1].wall ? 0 : 1;
+    this.sides.forEach((side, i) => side.node.classList.toggle('first', over[winner] && i === winner && this.runs.every((r) => r.finished)));
+  }
+
+  _verdict(clock) {
+    const [a, b] = this.runs;
+    if (a.question !== b.question) return 'Two different questions: the clocks run together, the times do not compare.';
+    if (!a.finished || !b.finished) return 'The same question on two models, on one clock.';
+    if (clock !== null && clock < this.horizon) return 'The same question on two models, each as fast as it was.';
+    const said = (run) => `${run.model || run.name} needed ${seconds(run.wall)}${run.usage ? ` and ${count(run.usage.critical_path_tokens, 'step')}` : ''}`;
+    const ratio = (x, y) => (x >= y ? `${(x / Math.max(y, 1e-9)).toFixed(2)}x faster` : `${(y / Math.max(x, 1e-9)).toFixed(2)}x slower`);
+    const steps = a.usage && b.usage ? `, ${ratio(b.usage.critical_path_tokens, a.usage.critical_path_tokens)} in steps` : '';
+    return `${said(a)}, ${said(b)}: ${ratio(b.wall, a.wall)} in time${steps}.`;
+  }
+
+  // Runs that go on: new events were folded in.
+  refresh() {
+    this.horizon = Math.max(...this.runs.map((run) => run.wall), 1e-3);
+    for (const side of this.sides) {
+      side.lanes.horizon = this.horizon;
+      side.reading.refresh();
+      side.show(side.run.finished ? null : side.run.wall);
+    }
+    this.verdict.textContent = this._verdict(null);
+    this.player.setEnd(this.horizon);
+  }
+
+  key(e) {
+    if (e.key === ' ') this.player.toggle();
+    else if (e.key === 'Escape') this.player.reset();
+    else if (e.key === 'ArrowRight' || e.key === 'ArrowLeft') {
+      this.player.pause();
+      this.player.seek((this.player.clock ?? (e.key === 'ArrowRight' ? 0 : this.horizon)) + (e.key === 'ArrowRight' ? 1 : -1) * this.horizon / 100);
+    } else return false;
+    return true;
+  }
+
+  restyle() { this.sides.forEach((side) => side.lanes.draw()); }
+
+  close() { this.player.close(); this.sides.forEach((side) => side.close()); }
+}
