@@ -27,6 +27,12 @@ _WHERE = {
     "threadweaver": ("plait.formats.threadweaver", "ThreadWeaver"),
     "multiverse": ("plait.formats.multiverse", "Multiverse"),
     "plait": ("plait.formats.plait", "Plait"),
+    "npr": ("plait.formats.npr", "NPR"),
+    "medverse": ("plait.formats.medverse", "MedVerse"),
+    "parallel_r1": ("plait.formats.parallel_r1", "ParallelR1"),
+    "parathinker": ("plait.formats.parathinker", "ParaThinker"),
+    "apr": ("plait.formats.apr", "APR"),
+    "asyncthink": ("plait.formats.asyncthink", "AsyncThink"),
 }
 FORMATS = tuple(_WHERE)
 

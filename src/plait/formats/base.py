@@ -155,8 +155,9 @@ class TrajectoryFormat(Protocol):
     lead: str = ""
     """What the model writes between a thread's header and its text."""
 
-    def end_text(self, returns: str | None) -> str:
-        """What the model writes to end a thread: what it returns, where it does, and the closing tag."""
+    def end_text(self, returns: str | None, number: int = 1) -> str:
+        """What the model writes to end a thread of its block, from 1: what it returns, where it does, and the closing
+        tag. Empty where a thread ends with end-of-sequence."""
         ...
 
     def thread_text(self, body: str, returns: str | None = None) -> str:
@@ -171,6 +172,13 @@ class TrajectoryFormat(Protocol):
     def tags(cls) -> tuple[str, ...]:
         """The control tokens of this format."""
         return ()
+
+    def refuse(self, block: Block, depth: int) -> None:
+        """Say what of a block, in a thread at this depth, this format has no form for.
+
+        Raises:
+            RequestError: There is something.
+        """
 
     def write(self, trajectory: Trajectory) -> str:
         """A trajectory as text, every thread in its place.

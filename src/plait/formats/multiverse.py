@@ -12,11 +12,8 @@ block inside a path is plain text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from plait.formats.base import Block, Join, ThreadOutcome, ids
+from plait.formats.base import Block
 from plait.formats.tagged import TaggedFormat
-from plait.tokenizer import Tokenizer
 from plait.types import JoinKind
 
 
@@ -29,19 +26,13 @@ class Multiverse(TaggedFormat):
     outlines: str = "Goal"
     thread: str = "Path"
     closing: str = "Conclusion"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
-        self._after = ids(tokenizer, self.after_text())
+    exact: bool = False
 
     def header_text(self, number: str) -> str:
         return f"<Path>{number}:"
 
     def after_text(self) -> str:
         return "<Conclusion>"
-
-    def join(self, threads: Sequence[ThreadOutcome]) -> Join:
-        return Join(forced_ids=self._after)
 
     def open_text(self, block: Block) -> str:
         outlines = "".join(self.outline_text(block, i) for i in range(len(block.outlines)))

@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from plait.formats.base import Block, Branch, Join, ThreadOutcome, ids
+from plait.formats.base import Block, ThreadOutcome, ids
 from plait.formats.tagged import NUMBER
 from plait.formats.threadweaver import ThreadWeaver
 from plait.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ class Plait(ThreadWeaver):
         text = super().open_text(block)
         return text.replace("<Outlines>", f"<Outlines>{_RACE}", 1) if block.race else text
 
-    def end_text(self, returns: str | None) -> str:
+    def end_text(self, returns: str | None, number: int = 1) -> str:
         told = "" if returns is None else f"\n<Conclusion>{returns}</Conclusion>"
         return f"{told}{self.closer_text()}"
 
@@ -86,28 +86,11 @@ class Plait(ThreadWeaver):
         told = self._returned(outcome)
         return told is not None and bool(self._tokenizer.decode(told).strip())
 
-    def join(self, threads: Sequence[ThreadOutcome]) -> Join:
-        text, kind = self._read_threads(threads)
-        return Join(forced_ids=(*text, *self._after), kind=kind)
-
-    def opening(self, branch: Branch, reads: Sequence[ThreadOutcome]) -> Join:
-        """A thread reads those it waited for as its parent will, then its own header."""
-        text, kind = self._read_threads(reads)
-        return Join(forced_ids=(*text, *branch.header_ids[len(self._newline) :]), kind=kind)
-
-    def _read_threads(self, threads: Sequence[ThreadOutcome]) -> tuple[list[int], JoinKind | None]:
-        text: list[int] = []
-        kind: JoinKind | None = None
-        for i, thread in enumerate(threads):
-            header = thread.header_ids
-            text += header if i == 0 else header[len(self._newline) :]
-            told = self._returned(thread)
-            if thread.won is not None or told is not None:
-                kind = "message"
-                text += (*self._lead, *(told or ()), *self._closer) if thread.won is not False else self._closer
-            else:
-                text += (id for id in thread.token_ids if id not in self._eos)
-        return text, kind
+    def told(self, thread: ThreadOutcome) -> tuple[int, ...] | None:
+        if thread.won is False:
+            return self._closer
+        told = self._returned(thread)
+        return None if told is None else (*self._lead, *told, *self._closer)
 
     def _returned(self, thread: ThreadOutcome) -> tuple[int, ...] | None:
         """Its last conclusion, without tags; one that was not closed reaches to the thread's end."""

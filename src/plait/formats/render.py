@@ -37,8 +37,6 @@ class _Renderer:
         """For the next segment: how the race before it ended."""
 
     def run(self, trajectory: Trajectory, prompt_ids: tuple[int, ...]) -> Tree:
-        # What the format has no form for is refused here, by its own writing.
-        self.format.write(trajectory)
         self._thread("0", None, Join(forced_ids=prompt_ids), trajectory, depth=0)
         self.tree.stop = StopReason.EOS
         return self.tree
@@ -51,6 +49,7 @@ class _Renderer:
         trajectory: Trajectory,
         *,
         depth: int,
+        place: int = 1,
         joins: tuple[str, ...] = (),
         keep: int | None = None,
     ) -> tuple[tuple[int, ...], StopReason]:
@@ -66,6 +65,7 @@ class _Renderer:
                 continue
             assert isinstance(part, Block)
             id = f"{name}:{number}"
+            self.format.refuse(part, depth)
             open_text = self.format.open_text(part)
             assert begin is None or not text + open_text, "the format begins with a block"
             sampled = ids(self.tokenizer, text + open_text)
@@ -77,11 +77,10 @@ class _Renderer:
             opening, joins = self._block(f"{name}/{number}", id, part, fork, depth)
             keep = None if fork.keep is None else self._length(id) - len(sampled) + fork.keep
             parent, text, number = id, self.format.close_text(part.conclusion), number + 1
-        if depth:
-            sampled = ids(self.tokenizer, text + self.format.end_text(returns))
-        else:
-            sampled = (*ids(self.tokenizer, text), *self.tokenizer.eos_ids[:1])
-        stop = StopReason.EOS if sampled[-1:] == self.tokenizer.eos_ids[:1] else StopReason.STOP
+        end = self.format.end_text(returns, place) if depth else ""
+        closing = () if end else self.tokenizer.eos_ids[:1]
+        sampled = (*ids(self.tokenizer, text + end), *closing)
+        stop = StopReason.EOS if closing else StopReason.STOP
         self._segment(f"{name}:{number}", parent, opening, joins, keep, sampled, stop)
         written += (*(opening.forced_ids if number else ()), *sampled)
         return tuple(written), stop
@@ -101,6 +100,7 @@ class _Renderer:
                 self.format.opening(branch, reads) if reads else Join(forced_ids=branch.header_ids),
                 block.threads[i],
                 depth=depth + 1,
+                place=i + 1,
                 joins=tuple(self._last(threads[n]) for n in branch.needs),
                 keep=0 if fork.fresh else None,
             )

@@ -40,7 +40,7 @@ class Sequential(TrajectoryFormat):
     def open_text(self, block: Block) -> str:
         raise refuse(self.name, "a block")
 
-    def end_text(self, returns: str | None) -> str:
+    def end_text(self, returns: str | None, number: int = 1) -> str:
         raise refuse(self.name, "a thread")
 
     def close_text(self, conclusion: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 from plait.errors import RequestError
 from plait.formats.base import (
@@ -51,6 +52,8 @@ class TaggedFormat(TrajectoryFormat, ABC):
     outlines: str
     outline: str = "Outline"
     thread: str
+    wrapper: str = ""
+    """Tag around the threads; empty where there is none."""
     closing: str = ""
     """Tag of what the model writes inside the block after the join; empty where there is none."""
     returns: str = ""
@@ -61,6 +64,10 @@ class TaggedFormat(TrajectoryFormat, ABC):
     """Whether an outline may name outlines that it needs."""
     racing: bool = False
     """Whether a block may be a race."""
+    free: bool = True
+    """Whether there may be text between blocks."""
+    exact: bool = True
+    """Whether blanks beside tags are part of the grammar. Else `read` takes any, and `write` has one way."""
     lead: str = " "
     """What the model writes between a thread's header and its text."""
 
@@ -72,6 +79,9 @@ class TaggedFormat(TrajectoryFormat, ABC):
         self._outline_open = self._control(f"<{self.outline}>")
         self._outline_close = self._control(f"</{self.outline}>")
         self._thread_close = self._control(f"</{self.thread}>")
+        self._after = ids(tokenizer, self.after_text())
+        self._glued = len(ids(tokenizer, self.header_text("1"))) - len(ids(tokenizer, self.glued_text("1")))
+        """Ids that a header has less where a thread is read after another."""
         block = (self._control(f"<{self.block}>"),) if self.block else ()
         self.fork_ids = (*block, self._outlines_open, self._fork)
 
@@ -142,8 +152,33 @@ class TaggedFormat(TrajectoryFormat, ABC):
             return ()
         return ids(self._tokenizer, self.closer_text())
 
-    @abstractmethod
-    def join(self, threads: Sequence[ThreadOutcome]) -> Join: ...
+    def join(self, threads: Sequence[ThreadOutcome]) -> Join:
+        if self.join_kind == "merge":
+            return Join(forced_ids=self._after)
+        text, kind = self._read_threads(threads)
+        return Join(forced_ids=(*text, *self._after), kind=kind)
+
+    def opening(self, branch: Branch, reads: Sequence[ThreadOutcome]) -> Join:
+        """A thread reads those it waited for as its parent will, then its own header."""
+        text, kind = self._read_threads(reads)
+        return Join(forced_ids=(*text, *branch.header_ids[self._glued :]), kind=kind)
+
+    def _read_threads(self, threads: Sequence[ThreadOutcome]) -> tuple[list[int], JoinKind | None]:
+        """What a reader of these threads is given, one glued to the other, and of what kind that is."""
+        text: list[int] = []
+        kind: JoinKind | None = None
+        for i, thread in enumerate(threads):
+            told = self.told(thread)
+            if told is None:
+                told = tuple(id for id in thread.token_ids if id not in self._eos)
+            else:
+                kind = "message"
+            text += (*thread.header_ids[self._glued if i else 0 :], *told)
+        return text, kind
+
+    def told(self, thread: ThreadOutcome) -> tuple[int, ...] | None:
+        """What is read of a thread in place of all that it wrote; None: all of it."""
+        return None
 
     def numbered(self, text: str) -> tuple[str, str, tuple[str, ...]] | None:
         """Number, plan and the numbers it needs of an outline; None where it has no number."""
@@ -173,13 +208,14 @@ class TaggedFormat(TrajectoryFormat, ABC):
     def outline_text(self, block: Block, i: int) -> str:
         return f"<{self.outline}>{i + 1}: {block.outlines[i]}</{self.outline}>"
 
-    def end_text(self, returns: str | None) -> str:
+    def end_text(self, returns: str | None, number: int = 1) -> str:
         assert returns is None, f"a thread of the {self.name} format returns all that it wrote"
         return self.closer_text()
 
     @classmethod
     def tags(cls) -> tuple[str, ...]:
-        names = dict.fromkeys((cls.block, cls.outlines, cls.outline, cls.thread, cls.closing, cls.returns))
+        around = (cls.block, cls.outlines, cls.outline, cls.wrapper, cls.thread, cls.closing, cls.returns)
+        names = dict.fromkeys(around)
         return tuple(f"<{slash}{name}>" for name in names if name for slash in ("", "/"))
 
     def write(self, trajectory: Trajectory) -> str:
@@ -194,17 +230,15 @@ class TaggedFormat(TrajectoryFormat, ABC):
         return "".join(texts)
 
     def _block_text(self, block: Block, depth: int) -> str:
-        self._refuse(block, depth)
+        self.refuse(block, depth)
         texts = [self.open_text(block)]
         for i, thread in enumerate(block.threads):
             body, returns = ended(thread)
-            if returns is not None and not self.returns:
-                raise refuse(self.name, "a thread that returns a part of what it wrote")
             header = self.glued_text(str(i + 1)) if i else self.header_text(str(i + 1))
             texts += [header, self.lead, self._text(body, depth + 1), self.end_text(returns)]
         return "".join([*texts, self.after_text(), self.close_text(block.conclusion)])
 
-    def _refuse(self, block: Block, depth: int) -> None:
+    def refuse(self, block: Block, depth: int) -> None:
         if not block.threads or len(block.outlines) != len(block.threads):
             raise refuse(self.name, f"{len(block.outlines)} outlines and {len(block.threads)} threads")
         if depth and not self.nested:
@@ -213,6 +247,8 @@ class TaggedFormat(TrajectoryFormat, ABC):
             raise refuse(self.name, "threads that need others")
         if block.race and not self.racing:
             raise refuse(self.name, "a race")
+        if not self.returns and any(ended(thread)[1] is not None for thread in block.threads):
+            raise refuse(self.name, "a thread that returns a part of what it wrote")
 
     def read(self, text: str) -> Trajectory:
         scan = Scanner(text, self.tags())
@@ -220,8 +256,9 @@ class TaggedFormat(TrajectoryFormat, ABC):
         if scan.at < len(text):
             raise scan.fail(f"{scan.tag} belongs to no block")
         trajectory = tuple(parts)
-        compare(text, self.write(trajectory))
-        return trajectory
+        if self.exact:
+            compare(text, self.write(trajectory))
+        return trajectory if self.write(trajectory) == text else _stripped(trajectory)
 
     def _read_parts(self, scan: Scanner, depth: int) -> list[str | Block | Return]:
         """Text and blocks, up to a tag that is neither."""
@@ -233,6 +270,8 @@ class TaggedFormat(TrajectoryFormat, ABC):
                 parts.append(text)
             if scan.tag != opener:
                 return parts
+            if text.strip() and not (self.free or depth):
+                raise scan.fail(f"text between blocks: {text.strip()[:40]!r}; the {self.name} format has none there")
             if depth and not self.nested:
                 raise scan.fail(f"a block inside a thread: the {self.name} format does not nest")
             parts.append(self._read_block(scan, depth))
@@ -242,15 +281,21 @@ class TaggedFormat(TrajectoryFormat, ABC):
             scan.take(f"<{self.block}>")
             scan.blank()
         head, plans = self._read_outlines(scan)
+        scan.blank()
+        if self.wrapper:
+            scan.take(f"<{self.wrapper}>")
         threads = [self._read_thread(scan, i, depth) for i in range(len(plans))]
         scan.blank()
+        if self.wrapper:
+            scan.take(f"</{self.wrapper}>")
+            scan.blank()
         conclusion = ""
         if self.closing:
             scan.take(f"<{self.closing}>")
             conclusion = scan.plain()
             scan.take(f"</{self.closing}>")
-            scan.blank() if self.block else None
         if self.block:
+            scan.blank()
             scan.take(f"</{self.block}>")
         needs = tuple(tuple(int(name) - 1 for name in names) for _, names in plans)
         return Block(
@@ -301,9 +346,10 @@ class TaggedFormat(TrajectoryFormat, ABC):
         if match[1] != str(i + 1):
             raise scan.fail(f"thread {match[1]} stands where {i + 1} belongs")
         scan.at = match.end()
-        if not scan.text.startswith(self.lead, scan.at):
+        if scan.text.startswith(self.lead, scan.at):
+            scan.at += len(self.lead)
+        elif self.exact:
             raise scan.fail(f"expected {self.lead!r} after the number")
-        scan.at += len(self.lead)
         parts = self._read_parts(scan, depth + 1)
         returns: str | None = None
         if self.returns and scan.tag == f"<{self.returns}>":
@@ -332,6 +378,21 @@ def ended(thread: Trajectory) -> tuple[Trajectory, str | None]:
     if thread and isinstance(thread[-1], Return):
         return thread[:-1], thread[-1].text
     return thread, None
+
+
+def _stripped(trajectory: Trajectory) -> Trajectory:
+    """A trajectory without the blanks at the ends of its texts."""
+    parts: list[str | Block | Return] = []
+    for part in trajectory:
+        match part:
+            case Block():
+                threads = tuple(_stripped(thread) for thread in part.threads)
+                parts.append(replace(part, threads=threads, conclusion=part.conclusion.strip()))
+            case Return():
+                parts.append(Return(part.text.strip()))
+            case str():
+                parts += [part.strip()] if part.strip() else []
+    return tuple(parts)
 
 
 def _before(ids: Sequence[int], mark: int) -> Sequence[int]:

@@ -20,9 +20,7 @@ no code of the released implementation is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from plait.formats.base import Block, Join, ThreadOutcome, ids
+from plait.formats.base import Block
 from plait.formats.tagged import TaggedFormat
 from plait.tokenizer import Tokenizer
 from plait.types import JoinKind
@@ -43,12 +41,10 @@ class ThreadWeaver(TaggedFormat):
     thread: str = "Thread"
 
     def __init__(self, tokenizer: Tokenizer, *, conclusion: bool = False) -> None:
-        super().__init__(tokenizer)
         self.conclusion = conclusion
         if conclusion:
             self.closing = "Conclusion"
-        self._newline = ids(tokenizer, "\n")
-        self._after = ids(tokenizer, self.after_text())
+        super().__init__(tokenizer)
 
     def header_text(self, number: str) -> str:
         return f"\n<Thread>\n{number}:"
@@ -62,14 +58,6 @@ class ThreadWeaver(TaggedFormat):
     def after_text(self) -> str:
         return "\n<Conclusion>\n" if self.conclusion else "\n"
 
-    def join(self, threads: Sequence[ThreadOutcome]) -> Join:
-        text: list[int] = []
-        for i, thread in enumerate(threads):
-            header = thread.header_ids
-            text += header if i == 0 else header[len(self._newline) :]
-            text += (id for id in thread.token_ids if id not in self._eos)
-        return Join(forced_ids=(*text, *self._after))
-
     def open_text(self, block: Block) -> str:
         lines = "".join(f"{self.outline_text(block, i)}\n" for i in range(len(block.outlines)))
         return f"<Parallel>\n<Outlines>\n{lines}</Outlines>"
@@ -80,7 +68,7 @@ class ThreadWeaver(TaggedFormat):
     @classmethod
     def tags(cls) -> tuple[str, ...]:
         # Those of the older form too, so that a conclusion is never taken for text.
-        return (*super().tags(), *(tag for tag in ("<Conclusion>", "</Conclusion>") if tag not in super().tags()))
+        return tuple(dict.fromkeys((*super().tags(), "<Conclusion>", "</Conclusion>")))
 
     def _unspaced(self, text: str) -> str:
         return text.removeprefix("\n").removesuffix("\n")

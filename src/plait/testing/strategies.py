@@ -72,7 +72,7 @@ class ToyFormat(TrajectoryFormat):
     def open_text(self, block: Block) -> str:
         raise NotImplementedError("the toy format has no text")
 
-    def end_text(self, returns: str | None) -> str:
+    def end_text(self, returns: str | None, number: int = 1) -> str:
         raise NotImplementedError("the toy format has no text")
 
     def close_text(self, conclusion: str) -> str:
