@@ -59,7 +59,10 @@ class FakeServer:
     """Seconds before the first token of a prompt that is not cached."""
     token_s: float = 0.0
     api_key: str | None = None
+    vocab_size: int = VOCAB
     weights: dict[int, float] = field(default_factory=dict)
+    script: Any = None
+    """What the scripted engine says, in place of a pseudo-random model."""
     heeds_bans: bool = True
     loading: int = 0
     """GETs that are answered with 503 first."""
@@ -92,7 +95,7 @@ class FakeServer:
 
     async def sample(self, ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[Chunk, None]:
         """Tokens one by one; a prompt costs time as far as its blocks are not there yet."""
-        if not ids or not all(isinstance(id, int) and 0 <= id < VOCAB for id in ids):
+        if not ids or not all(isinstance(id, int) and 0 <= id < self.vocab_size for id in ids):
             raise BadRequest("token ids are out of the vocabulary")
         if len(ids) >= self.max_context:
             raise BadRequest(
@@ -112,7 +115,11 @@ class FakeServer:
 
     def model(self) -> ScriptedEngine:
         return ScriptedEngine(
-            vocab_size=VOCAB, weights=self.weights, max_context=self.max_context, delay_s=self.token_s
+            vocab_size=self.vocab_size,
+            weights=self.weights,
+            script=self.script,
+            max_context=self.max_context,
+            delay_s=self.token_s,
         )
 
     def keep(self, ids: Sequence[int]) -> None:
@@ -465,7 +472,12 @@ class FakeLlamaServer(FakeServer):
     ends_with_done = False
 
     def pages(self) -> dict[str, Any]:
-        meta = {"vocab_type": self.vocab_type, "n_vocab": VOCAB, "n_ctx": self.max_context, "n_ctx_train": 4096}
+        meta = {
+            "vocab_type": self.vocab_type,
+            "n_vocab": self.vocab_size,
+            "n_ctx": self.max_context,
+            "n_ctx_train": 4096,
+        }
         return {
             "/v1/models": {"object": "list", "data": [{"id": "tiny.gguf", "owned_by": "llamacpp", "meta": meta}]},
             "/props": {

@@ -95,7 +95,9 @@ def main() -> None:
 
 
 _MODEL = click.option("--model", metavar="NAME|PATH", help="Embedded model, or a GGUF of `plait train`.")
-_ENGINE = click.option("--engine", metavar="NAME", help="llamacpp, or scripted: gold traces, no model.")
+_ENGINE = click.option(
+    "--engine", metavar="NAME|URL", help="llamacpp; http://HOST:PORT; or scripted: gold traces, no model."
+)
 _TWIN = click.option("--twin", metavar="NAME|PATH", help="The twin, where it is not the model's own.")
 _KNOBS = click.option(
     "--set", "settings", multiple=True, metavar="FAMILY.KNOB=VALUE", help="Draw other problems; see `plait tasks NAME`."
@@ -119,7 +121,7 @@ Threads are shown side by side on a terminal, as plain lines elsewhere.
 @click.argument("question")
 @click.option("--compare", is_flag=True, help="Run the sequential twin too; show the ratio.")
 @_JSON
-@click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Log the run for `plait trace show`.")
+@click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Log the run for `plait view`.")
 @_MODEL
 @_ENGINE
 @_TWIN
@@ -176,6 +178,7 @@ With --out each result is written at once, and the same command goes on later.
 @click.option("--compare", is_flag=True, help="Run the sequential twin too, in turn; batch 1.")
 @_JSON
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Results as JSONL; resumed if it exists.")
+@click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Log every run, for `plait view`.")
 @_MODEL
 @_ENGINE
 @_TWIN
@@ -241,6 +244,17 @@ def train() -> None:
     pass
 
 
+_CONFIG = click.argument("config", type=click.Path(dir_okay=False))
+_OUT = click.option(
+    "--out", type=click.Path(file_okay=False), metavar="FOLDER", help="Run folder; default runs/CONFIG."
+)
+_RESUME = click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Go on with what the folder holds."
+)
+_DRY_RUN = click.option("--dry-run", is_flag=True, help="Print the resolved config and stop.")
+_SET = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value: optimiser.lr=1e-4.")
+
+
 @train.command(
     help=_lines("""
 Train a model on gold traces; the same command goes on with a run that was stopped.
@@ -252,11 +266,11 @@ The run folder holds the resolved config, the checkpoint, metrics.jsonl, and
 model.gguf, which `--model` takes.
 """)
 )
-@click.argument("config", type=click.Path(dir_okay=False))
-@click.option("--out", type=click.Path(file_okay=False), metavar="FOLDER", help="Run folder; default runs/CONFIG.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with what the folder holds.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved config and stop.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value: schedule.tokens=1000.")
+@_CONFIG
+@_OUT
+@_RESUME
+@_DRY_RUN
+@_SET
 @click.option(
     "--decode",
     type=click.IntRange(min=0),
@@ -268,6 +282,28 @@ def sft(config: str, **options: Any) -> int:
     from plait.commands.train import train_sft
 
     return train_sft(config, **options)
+
+
+@train.command(
+    help=_lines("""
+Train a model by reward, from the checkpoint that its config names.
+
+plait train rl configs/rl_pgrpo.toml --out runs/pgrpo
+plait train rl configs/rl_pgrpo.toml --set init=runs/mine/checkpoint.pt --set rollout.engine=torch
+
+The run folder holds what that of `train sft` does, and samples/: logs of rollouts
+for `plait trace show`. The same command goes on with a run that was stopped.
+""")
+)
+@_CONFIG
+@_OUT
+@_RESUME
+@_DRY_RUN
+@_SET
+def rl(config: str, **options: Any) -> int:
+    from plait.commands.train import train_rl
+
+    return train_rl(config, **options)
 
 
 @main.command(
@@ -305,6 +341,26 @@ def serve(new_key: str | None, config: str | None, print_config: bool, **flags: 
     if new_key is not None:
         return key(new_key)
     return run(flags, config=config, print_config=print_config)
+
+
+@main.command(
+    help=_lines("""
+Examine servers: what they are, whether forks are cheap there, what to change.
+
+plait doctor --engine http://localhost:8000              (needs `pip install 'plait[http]'`)
+plait doctor --engine http://a:8000,http://b:8000 --json
+
+Sends some twenty short calls. An API key is read from PLAIT_ENGINE_KEY.
+""")
+)
+@click.option("--engine", metavar="URL[,URL]", required=True, help="vLLM, SGLang, llama-server, or the like.")
+@click.option("--kind", metavar="KIND", help="vllm, sglang, llama-server, completions: what a router hides.")
+@click.option("--model", metavar="NAME", help="Where a server has several.")
+@_JSON
+def doctor(engine: str, **options: Any) -> int:
+    from plait.commands.doctor import doctor as run
+
+    return run(engine, **options)
 
 
 @main.command(help="List the embedded models, or describe one.")

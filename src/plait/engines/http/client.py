@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -66,15 +67,18 @@ class Client:
     Args:
         api_key: Sent as a bearer token.
         max_connections: Calls at once, to all servers together.
+        secure: Whether an address is https.
     """
 
-    def __init__(self, *, timeouts: Timeouts, api_key: str | None, max_connections: int) -> None:
+    def __init__(self, *, timeouts: Timeouts, api_key: str | None, max_connections: int, secure: bool) -> None:
         self.timeouts = timeouts
         self._http = httpx2.AsyncClient(
             headers={"authorization": f"Bearer {api_key}"} if api_key else None,
             # Limits in seconds are kept here, by phase; httpx2 knows the phases of a connection only.
             timeout=httpx2.Timeout(None, connect=timeouts.connect_s),
             limits=httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+            # Loading the certificates of the system takes as long as many a call, and plain HTTP needs none.
+            verify=True if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             # An engine's address is what the user said: no proxy of the environment, no redirect to elsewhere.
             trust_env=False,
             follow_redirects=False,

@@ -106,7 +106,12 @@ class HttpEngine:
     async def __aenter__(self) -> HttpEngine:
         if self._closed or self._client is not None:
             raise EngineUnavailable("an HTTP engine is opened once; make another one")
-        self._client = Client(timeouts=self.timeouts, api_key=self._api_key, max_connections=self._max_calls)
+        self._client = Client(
+            timeouts=self.timeouts,
+            api_key=self._api_key,
+            max_connections=self._max_calls,
+            secure=any(url.startswith("https:") for url in self.urls),
+        )
         try:
             found = [await probe(self._client, url, **self._asked) for url in self.urls]
             self.servers = tuple(server for server, _ in found)
@@ -236,7 +241,7 @@ class HttpEngine:
                 if over:
                     if piece.finish is not None or dialect.ends_itself(call):
                         await self._read_to_end(events, reader)
-                    self._count_prompt(reader, call)
+                    self._count_prompt(reader, call, state)
                     state.stop = stop
                 if piece.token_ids or stop is not None:
                     yield Chunk(token_ids=piece.token_ids, logprobs=piece.logprobs, stop=stop)
@@ -251,10 +256,12 @@ class HttpEngine:
             async for event in events:
                 reader.take(event)
 
-    def _count_prompt(self, reader: Reader, call: Call) -> None:
+    def _count_prompt(self, reader: Reader, call: Call, state: _State) -> None:
         cached = reader.cached_tokens or 0
-        self._reused += cached
         self._prefill += max(0, (reader.prompt_tokens or len(call.token_ids)) - cached)
+        if len(call.token_ids) == len(state.token_ids):
+            # Not where a call goes on behind an early end: its own tokens were not given.
+            self._reused += cached
 
     async def _stop_texts(self, base: int, params: SamplingParams) -> dict[int, str]:
         """Texts of stop and eos ids, asked once for each."""
