@@ -363,7 +363,7 @@ def test_a_run_streams_the_lines_of_its_log(server: Running, tmp_path: Any) -> N
     tree = plait.Tree.from_events(read_log(log))
     assert tree == tree_of(QUESTION)
     lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: ")]
-    assert lines[:-2] == log.read_text().splitlines()
+    assert lines[:-3] == log.read_text().splitlines()
     usage = json.loads(lines[-2])
     assert (usage["answer"], usage["threads"]) == (ANSWER, 3)
     assert server.get(f"/plait/runs/{id}/events").text == reply.text
@@ -382,7 +382,14 @@ def test_a_traced_chat_can_be_followed_while_it_runs() -> None:
         last = list(stream)[-1]
         assert (last.model_extra or {})["plait"]["run_id"] == row["id"]
         assert [frame["event"] for frame in followed[:2]] == ["RunStarted", "SegmentStarted"]
-        assert followed[-3]["event"] == "RunEnded"
+        assert followed[-4]["event"] == "RunEnded"
+
+
+def test_the_page_comes_with_its_policy(server: Running) -> None:
+    reply = server.get("/")
+    assert reply.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+    assert b"/plait/runs" in reply.content
 
 
 # Leaving, failing, ending -------------------------------------------------------------------------------------------

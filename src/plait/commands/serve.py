@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from plait.commands.choosing import Choice, choose, choose_twin
+from plait.engines import is_address
 from plait.models import twin_name
 from plait.server import Process, ServeConfig, Served, as_toml, create_app, new_key, resolve
 from plait.server.logs import configure
@@ -34,8 +35,12 @@ def serve(flags: Mapping[str, Any], *, config: str | None = None, print_config: 
     configure(resolved.log)
     app, service = create_app(resolved, served(resolved))
     process = Process(app, service)
-    process.run()
-    return 0 if process.started else 1
+    try:
+        process.run()
+    except SystemExit:
+        # The address is taken, which is said already.
+        return 1
+    return 0
 
 
 def key(name: str) -> int:
@@ -51,7 +56,8 @@ def served(config: ServeConfig) -> list[Served]:
         choices = [choose(name, engine=config.engine) for name in config.models]
     else:
         first = choose(None, engine=config.engine)
-        choices = [first, choose_twin(first)]
+        # Another server runs one model.
+        choices = [first] if is_address(first.engine) else [first, choose_twin(first)]
     return [Served(model=c.model, engine_name=c.engine, twin=_twin(c, choices)) for c in choices]
 
 

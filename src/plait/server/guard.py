@@ -55,7 +55,9 @@ class Guard:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 sent["status"] = message["status"]
+                given = {name.lower() for name, _ in message["headers"]}
                 own = [(b"x-request-id", state["request_id"].encode()), *_SECURITY]
+                own = [(name, value) for name, value in own if name not in given]
                 message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 

@@ -7,6 +7,8 @@ process ends. A second signal ends it at once.
 from __future__ import annotations
 
 import logging
+import signal
+import socket
 import time
 from types import FrameType
 
@@ -30,7 +32,8 @@ class Process(uvicorn.Server):
                 port=config.port,
                 http="h11",
                 ws="none",
-                lifespan="on",
+                # Engines are opened below, where a failure is an exception.
+                lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -45,7 +48,6 @@ class Process(uvicorn.Server):
         )
         self._service = service
         self._until: float | None = None
-        self._ended_at: float | None = None
 
     @property
     def address(self) -> str:
@@ -53,7 +55,11 @@ class Process(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    async def startup(self, sockets: list | None = None) -> None:
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        async with self._service.opened():
+            await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             log.info("listening", extra={"fields": {"address": self.address, "models": list(self._service.served)}})
@@ -62,7 +68,9 @@ class Process(uvicorn.Server):
         if self._until is not None:
             super().handle_exit(sig, frame)
             return
-        self._captured_signals.append(sig)
+        if sig == signal.SIGINT:
+            # Raised again at the end, so that Ctrl-C is told from a normal end.
+            self._captured_signals.append(sig)
         self.drain()
 
     def drain(self) -> None:

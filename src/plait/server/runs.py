@@ -6,19 +6,19 @@ was started here cancels it; following one that somebody started elsewhere does 
 
 from __future__ import annotations
 
-import importlib
 from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from plait.errors import EngineUnavailable
-from plait.server.refusal import Refusal
+from plait import viewer
+from plait.events import decode
 from plait.server.reply import DOCUMENTED, Out, Reply, asked
 from plait.server.schemas import RunRequest
 from plait.server.service import Asked
 from plait.server.traces import Trace
+from plait.viewer import describe_run
 
 router = APIRouter()
 
@@ -62,6 +62,10 @@ async def _tell(out: Out, trace: Trace, number: int) -> int:
 
 
 async def _close(out: Out, trace: Trace) -> None:
+    """The run as the page draws it, then how it ended."""
+    if trace.lines:
+        answer = dict(trace.closing).get("usage", {}).get("answer")
+        await out.data(describe_run([decode(line) for line in trace.lines], answer=answer), event="run")
     for event, data in trace.closing:
         await out.data(data, event=event)
 
@@ -96,26 +100,7 @@ async def run_log(id: str, asked: Annotated[Asked, Depends(asked)]) -> Response:
     return Response(body, media_type="application/x-ndjson", headers=headers)
 
 
-def _viewer() -> Any:
-    try:
-        return importlib.import_module("plait.viewer")
-    except ImportError as exc:
-        raise EngineUnavailable(f"this installation has no viewer: {exc}") from exc
-
-
 @router.get("/", response_class=Response)
 async def page() -> Response:
     """The page on which runs are watched."""
-    viewer = _viewer()
-    headers = {"content-security-policy": viewer.CSP, "cache-control": "no-cache", "x-frame-options": "DENY"}
-    return Response(viewer.page(), media_type="text/html; charset=utf-8", headers=headers)
-
-
-@router.get("/plait/assets/{name}", response_class=Response)
-async def asset(name: str) -> Response:
-    """A file that the page loads."""
-    assets = getattr(_viewer(), "assets", dict)()
-    if name not in assets:
-        raise Refusal(f"the page has no file {name[:80]!r}", status=404, code="not_found")
-    kind, body = assets[name]
-    return Response(body, media_type=kind)
+    return Response(viewer.page(), headers=viewer.HEADERS)

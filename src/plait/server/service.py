@@ -15,8 +15,9 @@ from typing import Any
 import anyio
 
 from plait import tasks
+from plait.engines import is_address
 from plait.engines.base import Engine
-from plait.errors import EngineUnavailable, RequestError, nearest
+from plait.errors import EngineUnavailable, RequestError, UnsupportedJoin, nearest
 from plait.events import Event, TokensSampled
 from plait.formats.base import TrajectoryFormat
 from plait.models import Model
@@ -58,6 +59,11 @@ class Served:
     def name(self) -> str:
         return self.model.name
 
+    @property
+    def engine_label(self) -> str:
+        """What others may know of the engine: never an address."""
+        return "http" if is_address(self.engine_name) else self.engine_name
+
     def about(self) -> dict[str, Any]:
         """What `/v1/models` says of it beside its name."""
         model = self.model
@@ -69,7 +75,7 @@ class Served:
             "max_context": model.max_context,
             "weights": model.num_weights,
             "dtype": model.dtype,
-            "engine": self.engine_name,
+            "engine": self.engine_label,
             "twin": self.twin,
         }
 
@@ -103,15 +109,25 @@ class Service:
         """Set when the time to drain is over: what still runs is ended."""
 
     def _stats(self) -> list[Any]:
-        return [(s.name, s.engine_name, s.engine.stats()) for s in self.served.values() if s.engine is not None]
+        return [(s.name, s.engine_label, s.engine.stats()) for s in self.served.values() if s.engine is not None]
 
     @asynccontextmanager
     async def opened(self) -> AsyncGenerator[None, None]:
-        """Open every engine; on leaving, close them."""
+        """Open every engine; on leaving, close them.
+
+        Raises:
+            UnsupportedJoin: An engine cannot join as its model was trained to.
+            EngineError: An engine cannot be opened.
+        """
         async with AsyncExitStack() as stack:
             for one in self.served.values():
                 options = {**_engine_options(one.engine_name, self.config), **one.options}
                 one.engine = await stack.enter_async_context(one.model.open_engine(one.engine_name, **options))
+                if one.model.join == "merge" and not one.engine.supports_merge:
+                    raise UnsupportedJoin(
+                        f"{one.name} joins threads by merging their keys and values; the {one.engine_label} engine"
+                        " takes plain token sequences only"
+                    )
             self.ready = True
             try:
                 yield
@@ -230,7 +246,7 @@ class Job:
         if hasattr(self, "run"):
             for event in self.run.pending():
                 self._take(event)
-            metrics.observe(self.tree, engine=self.served.engine_name)
+            metrics.observe(self.tree, engine=self.served.engine_label)
             metrics.latency.observe(self.wall_s)
         if self._trace is None:
             return
