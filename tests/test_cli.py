@@ -43,7 +43,8 @@ def started(*args: str, **more: Any) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "solve", "eval", "trace", "trace show", "train", "train sft", "models", "formats", "tasks"]
+    "command",
+    ["", "solve", "eval", "trace", "trace show", "train", "train sft", "train rl", "models", "formats", "tasks"],
 )
 def test_help_fits_a_screen(command: str) -> None:
     result = plait(*command.split(), "--help", terminal_width=80)
@@ -270,11 +271,12 @@ def test_tasks_show_examples_with_their_gold_traces() -> None:
 # plait train --------------------------------------------------------------------------------------------------------
 
 
-def test_training_without_torch_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torch", "plait.train.sft"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delattr(plait_train, "sft", raising=False)
-    result = plait("train", "sft", "config.toml")
+@pytest.mark.parametrize("name", ["sft", "rl"])
+def test_training_without_torch_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for module in ("torch", f"plait.train.{name}"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delattr(plait_train, name, raising=False)
+    result = plait("train", name, "config.toml")
     assert result.exit_code == 2
     assert "pip install 'plait[train]'" in result.stderr
 

@@ -1,9 +1,10 @@
-"""`plait train sft`: reads a config, trains, and scores the model by true decoding as it goes."""
+"""`plait train`: reads a config, trains, and scores the model by true decoding as it goes."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,60 @@ def train_sft(
         RequestError: Torch is missing, or the config asks for what there is not.
         ModelError: The folder holds another run.
     """
-    try:
-        from plait.train import sft
-    except ImportError as exc:
-        raise RequestError(
-            f"training needs {exc.name or 'torch'}, which is not installed: pip install 'plait[train]'"
-        ) from exc
+    sft = _trainer("sft")
     resolved = sft.load_config(config, overrides(settings))
     if dry_run:
         print(sft.to_toml(resolved), end="")
         return 0
-    folder = Path(out) if out else Path("runs") / Path(config).stem
     data = resolved.data
     families = [tasks.family(name, data.knobs.get(name)) for name, weight in data.mixture.items() if weight > 0]
-    outcome = sft.train(resolved, out=folder, resume=resume, on_eval=_scorer(families, decode) if decode else None)
+    outcome = sft.train(
+        resolved,
+        out=_folder(config, out),
+        resume=resume,
+        on_eval=_scorer(families, decode) if decode else None,
+    )
+    return _ended(outcome)
+
+
+def train_rl(
+    config: str, *, out: str | None = None, resume: bool = True, dry_run: bool = False, settings: Sequence[str] = ()
+) -> int:
+    """Train by reward, or go on with a run that was interrupted.
+
+    Args:
+        config, out, dry_run, settings: As for `train_sft`.
+
+    Returns:
+        The exit code: 0, or 130 where it was interrupted.
+
+    Raises:
+        RequestError: Torch is missing, or the config asks for what there is not.
+        ModelError: The folder holds another run, or the checkpoint to start from does not fit.
+        EngineError: Every rollout of a step failed.
+    """
+    rl = _trainer("rl")
+    resolved = rl.load_rl_config(config, overrides(settings))
+    if dry_run:
+        print(rl.to_toml(resolved), end="")
+        return 0
+    return _ended(rl.train(resolved, out=_folder(config, out), resume=resume))
+
+
+def _trainer(name: str) -> Any:
+    try:
+        return import_module(f"plait.train.{name}")
+    except ImportError as exc:
+        raise RequestError(
+            f"training needs {exc.name or 'torch'}, which is not installed: pip install 'plait[train]'"
+        ) from exc
+
+
+def _folder(config: str, out: str | None) -> Path:
+    return Path(out) if out else Path("runs") / Path(config).stem
+
+
+def _ended(outcome: Any) -> int:
     print(f"{'finished' if outcome.finished else 'interrupted'}: {outcome.gguf}")
     return 0 if outcome.finished else 130
 
