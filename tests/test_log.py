@@ -66,6 +66,19 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
         read_log(path)
 
 
+def test_a_log_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    _, events = some_run()
+    path = tmp_path / "runs.jsonl"
+    write_log(events, path)
+    path.write_bytes(path.read_bytes() + b'{"event":"RunSta')
+    with RunLog(path, append=True) as log:
+        log.write(events[0])
+    assert read_log(path) == [*events, events[0]]
+    with RunLog(tmp_path / "new.jsonl", append=True) as log:
+        log.write(events[0])
+    assert read_log(tmp_path / "new.jsonl") == events[:1]
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
 def test_a_full_disk_is_a_clear_error_and_closes_the_log() -> None:
     log = RunLog(FULL)

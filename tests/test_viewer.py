@@ -144,6 +144,22 @@ def test_a_comparison_logs_both_runs(tmp_path: Path) -> None:
     assert plait("trace", "show", str(log)).stdout.count(QUESTION) == 2
 
 
+def test_an_evaluation_logs_its_runs_and_goes_on_with_them(tmp_path: Path) -> None:
+    log, out = str(tmp_path / "runs.jsonl"), str(tmp_path / "results.jsonl")
+    command = ["eval", "--engine", "scripted", "--family", "product,control", "--out", out, "--trace", log, "--json"]
+    assert plait(*command, "-n", "2").exit_code == 0
+    with open(log, "a") as file:
+        file.write('{"event":"RunSt')
+    assert plait(*command, "-n", "3").exit_code == 0
+    page = tmp_path / "page.html"
+    assert plait("view", log, "--html", str(page)).exit_code == 0
+    data = embedded(page.read_text())
+    assert len(data["runs"]) == 6
+    assert all(run["right"] and run["meta"]["question"] and not run["cut"] for run in data["runs"])
+    assert {group["family"]: group["n"] for group in data["groups"]} == {"product": 3, "control": 3}
+    assert {run["usage"]["threads"] > 0 for run in data["runs"]} == {True, False}
+
+
 def test_runs_are_split_where_they_start(log: Path) -> None:
     events = read_log(log)
     assert split_runs([]) == []

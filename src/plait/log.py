@@ -21,16 +21,20 @@ class RunLog:
 
     Args:
         path: The file; one that exists is replaced.
+        append: Go on with one that exists; a line that was cut off goes.
 
     Raises:
         LogError: It cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
         self.path = Path(path)
         self.num_events = 0
         try:
-            self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115
+            if append and self.path.is_file():
+                whole = self.path.read_bytes()
+                os.truncate(self.path, whole.rfind(b"\n") + 1)
+            self._file = open(self.path, "ab" if append else "wb", buffering=0)  # noqa: SIM115
         except OSError as exc:
             raise LogError(f"cannot write {self.path}: {exc.strerror}") from exc
 

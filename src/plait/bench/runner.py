@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import anyio
 from plait import tasks
 from plait.engines.base import Engine
 from plait.errors import LogError, RequestError
+from plait.events import Event
 from plait.formats.base import TrajectoryFormat
 from plait.models import Model, load_model, prompt_ids, response_text
 from plait.session import open_run
@@ -70,6 +71,8 @@ class Record:
 
 
 OnRecord = Callable[[Record], None]
+OnRun = Callable[[Problem, str, Sequence[Event]], None]
+"""Told the problem, the model and the events of a run that has ended."""
 
 
 def problems(families: Sequence[str | Family], n: int, *, seed: int = 0, split: Split = "held_out") -> list[Problem]:
@@ -99,6 +102,7 @@ async def evaluate(
     concurrency: int = 1,
     seed: int = 0,
     on_record: OnRecord | None = None,
+    on_run: OnRun | None = None,
 ) -> list[Record]:
     """Run problems greedily; records in the order of the problems, whatever order they end in.
 
@@ -109,12 +113,13 @@ async def evaluate(
         model: What records say ran.
         concurrency: Problems at the same time.
         on_record: Called as each problem ends.
+        on_run: Called with the events of each run, before its record.
     """
     if concurrency < 1:
         raise RequestError(f"concurrency is {concurrency}; it must be at least 1")
     records: dict[int, Record] = {}
     source = iter(enumerate(problems))
-    runner = _Runner(engine, format, tokenizer, model, budget or Budget(), concurrency, seed)
+    runner = _Runner(engine, format, tokenizer, model, budget or Budget(), concurrency, seed, on_run)
 
     async def work() -> None:
         for number, problem in source:
@@ -141,6 +146,7 @@ async def compare(
     seed: int = 0,
     skip: Iterable[tuple[str, str]] = (),
     on_record: OnRecord | None = None,
+    on_run: OnRun | None = None,
 ) -> list[Record]:
     """Run every problem on every model, one run at a time, the order reversed from problem to problem.
 
@@ -156,7 +162,8 @@ async def compare(
         runners: list[_Runner] = []
         for model in models:
             opened = await stack.enter_async_context(model.open_engine(engine, **(options or {})))
-            runners.append(_Runner(opened, model.format, model.tokenizer, model.id, budget or Budget(), 1, seed))
+            limits = budget or Budget()
+            runners.append(_Runner(opened, model.format, model.tokenizer, model.id, limits, 1, seed, on_run))
         warm: set[str] = set()
         for number, problem in enumerate(problems):
             for runner in runners if number % 2 == 0 else runners[::-1]:
@@ -165,7 +172,7 @@ async def compare(
                 if runner.model not in warm:
                     # The first pass pays for memory that later ones find allocated.
                     warm.add(runner.model)
-                    await runner.record(problem)
+                    await replace(runner, on_run=None).record(problem)
                 record = await runner.record(problem)
                 records.append(record)
                 if on_record is not None:
@@ -287,20 +294,26 @@ class _Runner:
     budget: Budget
     concurrency: int
     seed: int
+    on_run: OnRun | None
 
     async def record(self, problem: Problem) -> Record:
         request = Request(
-            prompt_ids=prompt_ids(self.tokenizer, problem.prompt), budget=self.budget, seed=self.seed, logprobs=False
+            prompt_ids=prompt_ids(self.tokenizer, problem.prompt),
+            budget=self.budget,
+            seed=self.seed,
+            # They cost a softmax a token: only for who reads them.
+            logprobs=self.on_run is not None,
         )
         started = anyio.current_time()
         async with open_run(request, engine=self.engine, format=self.format) as run:
-            async for _ in run:
-                pass
+            events = [event async for event in run]
         wall_s = anyio.current_time() - started
         tree = run.tree
         text = response_text(tree, self.tokenizer)
         usage = tree.usage()
         forked = usage.forks > 0
+        if self.on_run is not None:
+            self.on_run(problem, self.model, events)
         return Record(
             model=self.model,
             family=problem.family,

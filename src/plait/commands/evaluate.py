@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio
@@ -16,11 +16,14 @@ import anyio
 from plait import tasks
 from plait.bench import Record, RecordFile, compare, evaluate, problems, read_records, result
 from plait.bench.report import report
-from plait.bench.runner import by_model, engine_options
+from plait.bench.runner import OnRecord, OnRun, by_model, engine_options
 from plait.commands.choosing import Choice, choose, choose_twin
 from plait.commands.settings import with_knobs
 from plait.errors import RequestError
+from plait.events import Event, RunStarted
+from plait.log import RunLog
 from plait.tasks import Problem, Split
+from plait.terminal.reading import describe
 from plait.terminal.truth import wall
 from plait.types import Budget
 
@@ -38,6 +41,8 @@ class Options:
     compare: bool = False
     as_json: bool = False
     out: str | None = None
+    trace: str | None = None
+    """Where every run is logged; appended to where results are resumed."""
     concurrency: int | None = None
     seed: int = 0
     split: Split = "held_out"
@@ -71,8 +76,9 @@ def evaluation(options: Options) -> int:
                 file.write(record)
             progress.step(record)
 
-        with progress:
-            anyio.run(_run, drawn, sides, kept, concurrency, options, on_record)
+        with RunLog(options.trace, append=bool(earlier)) if options.trace else nullcontext() as log, progress:
+            on_run = _logging(log, sides) if log is not None else None
+            anyio.run(_run, drawn, sides, kept, concurrency, options, on_record, on_run)
     records = _ordered([*kept.values(), *progress.records], drawn)
     return _print(records, sides, options)
 
@@ -102,8 +108,28 @@ def _kept(
     }
 
 
+def _logging(log: RunLog, sides: Sequence[Choice]) -> OnRun:
+    """Write each run with what makes it readable without its model."""
+    tokenizers = {side.model.id: describe(side.model.tokenizer) for side in sides}
+
+    def on_run(problem: Problem, model: str, events: Sequence[Event]) -> None:
+        about = {"question": problem.question, "family": problem.family, "prompt": problem.prompt, "model": model}
+        for event in events:
+            if isinstance(event, RunStarted):
+                event = replace(event, meta={**event.meta, **about, "tokenizer": tokenizers[model]})
+            log.write(event)
+
+    return on_run
+
+
 async def _run(
-    drawn: Sequence[Problem], sides: Sequence[Choice], kept: Kept, concurrency: int, options: Options, on_record: Any
+    drawn: Sequence[Problem],
+    sides: Sequence[Choice],
+    kept: Kept,
+    concurrency: int,
+    options: Options,
+    on_record: OnRecord,
+    on_run: OnRun | None,
 ) -> None:
     if all((p.prompt, s.model.id) in kept for p in drawn for s in sides):
         return
@@ -118,6 +144,7 @@ async def _run(
             seed=options.seed,
             skip=kept,
             on_record=on_record,
+            on_run=on_run,
         )
         return
     (side,) = sides
@@ -132,6 +159,7 @@ async def _run(
             concurrency=concurrency,
             seed=options.seed,
             on_record=on_record,
+            on_run=on_run,
         )
 
 

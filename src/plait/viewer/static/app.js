@@ -23,6 +23,7 @@ class TraceView {
     this.node = el('div', { class: 'trace' },
       this.title, this.sentence, this.stats,
       el('div', { class: 'tools' }, this.axes, this.player.node, el('span', { class: 'gap' }), twins.slice(0, 2), this.heat,
+        run.id ? el('a', { class: 'toggle', href: `/plait/runs/${run.id}/log`, download: `${run.id}.jsonl`, title: 'The log: plait view reads it' }, 'Log') : null,
         this.pack, el('button', { class: 'toggle fit', title: 'Show all of it (0)', onclick: () => this.lanes.fit() }, 'Fit')),
       this.stage, legend(),
       el('div', { class: 'columns' },
@@ -154,7 +155,7 @@ class TraceView {
 function sentence(run) {
   const usage = run.usage;
   if (run.cut) return `${run.cut[0].toUpperCase()}${run.cut.slice(1)}.`;
-  if (!usage || !run.derived) return `${run.threads.size > 1 ? count(run.threads.size - 1, 'thread') : 'One thread'} so far.`;
+  if (!usage) return `${run.threads.size > 1 ? count(run.threads.size - 1, 'thread') : 'One line'} so far.`;
   if (!usage.threads) return `One line of ${count(usage.sampled_tokens, 'token')}: each waits for the one before.`;
   const times = usage.sampled_tokens / Math.max(1, usage.critical_path_tokens);
   return `It split into ${count(usage.threads, 'thread')} side by side: ${usage.sampled_tokens.toLocaleString('en')} tokens in ${usage.critical_path_tokens.toLocaleString('en')} steps, ${times.toFixed(2)} at a time.`;

@@ -8,6 +8,8 @@ const AXES = {
 const RULER = 26;
 const GAP = 5;
 const SMALLEST_ROW = 9, LARGEST_ROW = 36;
+// More threads than this read better side by side than one below the other.
+const MANY = 14;
 
 class Lanes {
   // on: {pick(segment, token), hover(segment, token, x, y), fold()}
@@ -19,8 +21,8 @@ class Lanes {
     this.most = options.most || 0.46;
     this.clock = null;
     this.folded = new Set();
-    // Many threads read better side by side than one below the other.
-    this.packed = run.threads.size > 14;
+    this.packed = false;
+    this.chosen = false;
     this.selected = null;
     this.token = null;
     this.seen = null;
@@ -50,10 +52,11 @@ class Lanes {
 
   // Lanes from the top: `{threads, segments}`. Packed, the blocks of a thread follow each other on the same lanes.
   rows() {
-    if (this._rows && this._size === this.run.threads.size) return this._rows;
+    if (this._rows && this._size === this.run.segments.size) return this._rows;
+    if (!this.chosen) this.packed = this.run.threads.size > MANY;
     this._rows = [];
     this._at = new Map();
-    this._size = this.run.threads.size;
+    this._size = this.run.segments.size;
     for (const thread of this.run.order()) if (!thread.up) this._lay(thread, this._rows.length);
     for (const row of this._rows) row.segments = row.threads.flatMap((thread) => thread.segments);
     return this._rows;
@@ -78,6 +81,7 @@ class Lanes {
 
   pack(packed) {
     this.packed = packed;
+    this.chosen = true;
     this._rows = null;
     this.resize();
   }
@@ -137,8 +141,8 @@ class Lanes {
     const box = this.canvas.parentElement;
     if (!box || !box.clientWidth) return;
     this.width = Math.max(200, box.clientWidth);
-    this.gutter = this.width < 560 ? 68 : this.packed ? 76 : 148;
     const rows = this.rows().length;
+    this.gutter = this.width < 560 ? 68 : this.packed ? 76 : 148;
     const room = Math.max(150, window.innerHeight * this.most) - RULER - 10;
     this.row = clamp(SMALLEST_ROW, Math.floor(room / Math.max(1, rows)), LARGEST_ROW);
     this.height = RULER + 10 + Math.max(this.row, Math.min(rows * this.row, Math.floor(room / this.row) * this.row));
@@ -470,7 +474,7 @@ class Lanes {
       const on = this.token === i && this.selected === s;
       if (on) { c.fillStyle = palette.bg; c.fillRect(xa, y, xb - xa, h); }
       c.fillStyle = on ? palette.text : s.inserted(i) ? palette.dim : s.critical ? palette['on-accent'] : palette['on-thread'];
-      const text = this.run.text(s.token(i)).replace(/\n/g, '\u21b5');
+      const text = this.run.control(s.token(i)) ? '\u25c7' : this.run.text(s.token(i)).replace(/\n/g, '\u21b5');
       c.fillText(cut(text, (xb - xa) / this.em), (xa + xb) / 2, middle);
     }
     c.textAlign = 'left';

@@ -1,16 +1,21 @@
 // Asks a server: `POST /plait/runs` answers with the run's events as they happen, one JSON line each.
 
-// Reads one run; calls `on(run)` after every batch. Leaving (abort) cancels the run at the server.
-async function ask(body, signal, on) {
-  const reply = await fetch('/plait/runs', {
-    method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(body), signal,
-  });
+// Asks and reads the run. Leaving (abort) cancels it at the server.
+const ask = (body, signal, on) => stream('/plait/runs', {
+  method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(body), signal,
+}, on);
+
+// Reads one run; calls `on(run)` after every batch.
+async function stream(address, options, on) {
+  const reply = await fetch(address, options);
   if (!reply.ok) {
     let message = `the server says ${reply.status}`;
     try { message = (await reply.json()).error.message || message; } catch { /* no JSON: the status is all there is */ }
     throw new Error(message);
   }
+  const id = reply.headers.get('x-plait-run-id') || '';
   let run = new Run(), last = null;
+  run.id = /^[\w-]+$/.test(id) ? id : '';
   const reader = reply.body.getReader(), decoder = new TextDecoder();
   let rest = '';
   for (;;) {
@@ -29,6 +34,7 @@ async function ask(body, signal, on) {
     }
     if (last) {
       const whole = new Run(last);
+      whole.id = run.id;
       if (run.answer !== null) whole.answer = run.answer;
       run = whole;
       last = null;
@@ -69,12 +75,25 @@ class AskView {
     this.error = el('p', { class: 'error', role: 'alert', hidden: true });
     this.raceLabel = el('label', { for: 'race', class: 'check' }, this.race, 'race its sequential twin');
     this.under = el('div', { class: 'under' });
-    this.node = el('div', { class: 'ask' },
+    this.node = el('div', { class: 'ask idle' },
+      el('header', { class: 'hero' }, el('h1', {}, 'Watch a model think in parallel'),
+        el('p', { class: 'sentence' }, 'It splits a question where the parts do not need each other, works on them side by side, and joins what they found.')),
       el('form', { onsubmit: (e) => { e.preventDefault(); this.run(); } }, this.box, this.model, this.go, this.stop),
       el('div', { class: 'tools' }, this.raceLabel,
         el('span', { class: 'examples' }, EXAMPLES.map((q) => el('button', { class: 'chip', onclick: () => { this.box.value = q; this.run(); } }, q)))),
       this.error, this.under);
     this._models();
+    this._recent();
+  }
+
+  // What this server ran of late; one that still runs is followed.
+  async _recent() {
+    let runs = [];
+    try { runs = (await (await fetch('/plait/runs')).json()).data || []; } catch { /* nothing to list */ }
+    if (!runs.length || this.view) return;
+    this.under.replaceChildren(el('div', { class: 'recent' }, el('h3', {}, 'Recent runs'), runs.slice(0, 12).map((r) => el('button', {
+      onclick: () => this._read([r.model], (i, abort, on) => stream(`/plait/runs/${encodeURIComponent(r.id)}/events`, { signal: abort.signal }, on)),
+    }, el('span', {}, r.question || r.id), el('small', {}, r.model, r.usage ? `, ${count(r.usage.threads, 'thread')}` : '', r.done ? '' : ', running')))));
   }
 
   async _models() {
@@ -98,12 +117,18 @@ class AskView {
   async run() {
     const question = this.box.value.trim();
     if (!question) return;
+    const models = this.race.checked && this.twin() ? [this.model.value, this.twin()] : [this.model.value];
+    await this._read(models, (i, abort, on) => ask(models[i] ? { question, model: models[i] } : { question }, abort.signal, on));
+  }
+
+  // Shows runs while `read(i, abort, on)` reads each of them.
+  async _read(models, read) {
     if (this.abort) this.abort.abort();
+    this.node.classList.remove('idle');
     const abort = this.abort = new AbortController();
     this.error.hidden = true;
     this.stop.hidden = false;
     this._clear();
-    const models = this.race.checked && this.twin() ? [this.model.value, this.twin()] : [this.model.value];
     const runs = models.map(() => new Run());
     let pending = 0;
     const seen = (i, run) => {
@@ -111,8 +136,7 @@ class AskView {
       if (!pending) pending = requestAnimationFrame(() => { pending = 0; if (this.abort === abort) this._draw(runs); });
     };
     try {
-      const asked = models.map((model, i) => ask(model ? { question, model } : { question }, abort.signal, (run) => seen(i, run)));
-      const done = await Promise.all(asked);
+      const done = await Promise.all(models.map((_, i) => read(i, abort, (run) => seen(i, run))));
       cancelAnimationFrame(pending);
       this._finish(done);
     } catch (failure) {

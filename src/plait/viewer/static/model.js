@@ -211,6 +211,14 @@ class Run {
     return seen;
   }
 
+  // Whether log-probabilities were asked of the engine: where not, all are zero.
+  get weighed() {
+    if (this._weighed === undefined || !this.finished) {
+      this._weighed = [...this.segments.values()].some((s) => s.logprobs.some((p) => p !== 0));
+    }
+    return this._weighed;
+  }
+
   // Text of a segment without control tokens.
   plain(segment) {
     let out = '';

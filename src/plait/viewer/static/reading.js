@@ -61,7 +61,11 @@ class Reading {
     this.order = order;
     if (this.next < order.length && this.next - this.first < 4 * CHUNK) this._more();
     for (const [segment, item] of this.items) {
-      if (item.spans.length < segment.length) this._spans(segment, item);
+      if (item.spans.length < segment.length) {
+        this._spans(segment, item);
+        const much = item.node.querySelector('.much');
+        if (much) much.textContent = this._much(this.run.threads.get(segment.thread));
+      }
       if (segment.stop && !item.ended) this._ending(segment, item);
     }
     this.node.scrollTop = this.node.scrollHeight;
@@ -77,7 +81,7 @@ class Reading {
         el('span', { class: 'caret' }, folded ? '\u25b8' : '\u25be'),
         el('b', {}, this.run.title(thread)),
         el('span', { class: 'told' }, this.run.label(thread)),
-        el('span', { class: 'much' }, count(thread.segments.reduce((n, s) => n + s.sampled.length, 0), 'token')));
+        el('span', { class: 'much' }, this._much(thread)));
       head.addEventListener('click', (e) => { e.stopPropagation(); this.fold(thread); });
       node.append(head);
       if (folded) {
@@ -95,6 +99,8 @@ class Reading {
     this._mark(segment, item);
     return node;
   }
+
+  _much(thread) { return count(thread.segments.reduce((n, s) => n + s.sampled.length, 0), 'token'); }
 
   _spans(segment, item) {
     if (!item.text) return;
@@ -234,6 +240,7 @@ function tokenHead(run, segment, token) {
     el('p', { class: 'who' }, segment.inserted(token) ? 'inserted by the runtime' : 'sampled by the model',
       el('small', {}, `id ${id}`))];
   if (p === null) return head;
+  if (!run.weighed) return [...head, el('p', { class: 'dim' }, 'probabilities were not logged')];
   const chance = Math.exp(p), bar = el('i', {});
   bar.style.width = `${(chance * 100).toFixed(1)}%`;
   head.push(el('div', { class: 'chance' }, el('span', { class: 'track' }, bar),
