@@ -1,0 +1,183 @@
+"""HTTP engines against real servers with the embedded model: `pytest -m servers`.
+
+llama-server comes with the embedded engine and always runs. vLLM runs where it is installed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+pytest.importorskip("httpx2", reason="needs the http extra")
+
+import plait
+from plait.engines.http import HttpEngine, Timeouts
+from plait.engines.http.diagnosis import diagnose
+from plait.errors import EngineError, EngineUnavailable
+from plait.formats import open_format
+from plait.formats.base import Branch, Fork, Join, ThreadOutcome
+from plait.session import run
+from plait.tasks.vocabulary import TOKENIZER
+from plait.testing.conformance import check_engine
+from plait.testing.strategies import ToyFormat
+from plait.types import Budget, Request, SamplingParams, StopReason
+from real_servers import llama_server, vllm_server
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+
+MODEL = "plait-tiny-sequential"
+TEXT_IDS = 43
+"""Ids below this are text in the vocabulary of the embedded model."""
+TOLERANCE = 0.05
+"""Eight-bit weights and a cache of sixteen: other batches round otherwise."""
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def llama(folder: Path) -> Iterator[str]:
+    with llama_server(folder) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def vllm(folder: Path) -> Iterator[str]:
+    if shutil.which("vllm") is None:
+        pytest.skip("vllm is not installed")
+    hf_weights = pytest.importorskip("hf_weights", reason="writes transformers weights: needs the train extra")
+    with vllm_server(hf_weights.write(plait.load_model(MODEL), folder / "hf")) as (url, _):
+        yield url
+
+
+@pytest.fixture(params=["llama", "vllm"])
+def url(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue(request.param)
+
+
+async def test_a_real_server_obeys_every_clause(url: str) -> None:
+    checked = await check_engine(lambda: HttpEngine(url), vocab_size=TEXT_IDS, tolerance=TOLERANCE)
+    assert checked == [*(f"C{i}" for i in range(1, 10)), "M0", "C10"]
+
+
+async def test_an_answer_is_the_one_of_the_embedded_engine(url: str) -> None:
+    model = plait.load_model(MODEL)
+    request = model.request("What is 347 * 526?", budget=Budget(max_tokens=400))
+    async with model.open_engine(url) as engine:
+        over_http = await run(request, engine=engine, format=model.format)
+    async with model.open_engine() as engine:
+        in_process = await run(request, engine=engine, format=model.format)
+    assert model.answer(over_http) == model.answer(in_process) == "182522"
+    assert over_http.stop is StopReason.EOS
+
+
+class AtEveryRow(ToyFormat):
+    """Forks after each row of a product: mechanics alone, for the model knows nothing of it."""
+
+    fork_ids = tuple(TOKENIZER.encode(";"))
+    closers = tuple(TOKENIZER.encode("~"))
+
+    def stop_ids(self, depth: int) -> tuple[int, ...]:
+        return self.closers if depth else self.fork_ids
+
+    def eos_ids(self) -> tuple[int, ...]:
+        return TOKENIZER.eos_ids
+
+    def parse(self, sampled_ids: Sequence[int], depth: int) -> Fork | None:
+        if sampled_ids[-1] not in self.fork_ids:
+            return None
+        return Fork(branches=tuple(Branch(header_ids=(digit,), label=str(digit)) for digit in (3, 4, 5)))
+
+    def closer_ids(self, outcome: ThreadOutcome) -> tuple[int, ...]:
+        return () if outcome.token_ids[-1:] == self.closers else self.closers
+
+    def join(self, threads: Sequence[ThreadOutcome]) -> Join:
+        return Join(forced_ids=tuple(id for t in threads for id in (*t.header_ids, *t.token_ids)))
+
+
+async def test_threads_fork_and_join_over_http(url: str) -> None:
+    prompt = plait.load_model(MODEL).request("What is 347 * 526?").prompt_ids
+    request = Request(prompt_ids=prompt, budget=Budget(max_threads=8, max_tokens=200, max_depth=2))
+    async with HttpEngine(url) as engine:
+        tree = await run(request, engine=engine, format=AtEveryRow())
+        usage, stats = tree.usage(), engine.stats()
+        assert usage.forks >= 1
+        assert usage.threads == 3 * usage.forks
+        assert usage.reread_tokens > 0
+        assert stats.active == 0
+        assert stats.decode_tokens == usage.sampled_tokens
+        assert stats.reused_tokens > 0, "a thread finds some of its parent's prefix"
+
+
+async def test_a_control_token_ends_a_call_on_the_server(llama: str) -> None:
+    format = open_format("sequential", plait.load_model(MODEL).tokenizer)
+    prompt = plait.load_model(MODEL).request("What is 347 * 526?").prompt_ids
+    async with HttpEngine(llama) as engine:
+        params = SamplingParams(max_tokens=1500, eos_ids=(), stop_ids=format.eos_ids())
+        stop, count = None, 0
+        async with aclosing(engine.generate((prompt,), params)) as chunks:
+            async for chunk in chunks:
+                stop, count = chunk.stop, count + len(chunk.token_ids)
+        assert (stop, count) == (StopReason.STOP, 223)
+
+
+async def test_leaving_a_call_ends_it_on_a_real_server(url: str) -> None:
+    async with HttpEngine(url) as engine:
+        async with aclosing(engine.generate(((1, 2, 3),), SamplingParams(max_tokens=1900))) as chunks:
+            await anext(chunks)
+            assert await engine.count_running() == 1
+        with anyio.fail_after(5):
+            while await engine.count_running():  # noqa: ASYNC110 - another process
+                await anyio.sleep(0.02)
+
+
+async def test_doctor_finds_a_real_server_usable(url: str) -> None:
+    async with HttpEngine(url) as engine:
+        found = await diagnose(engine, prefix_tokens=256)
+    assert found.usable, found.checks
+    assert found.fork is not None
+    assert found.fork.again_reused_tokens is not None
+    assert found.fork.again_reused_tokens > 200
+
+
+async def test_a_server_killed_in_the_middle_of_a_fork_is_an_error_and_nothing_hangs(folder: Path) -> None:
+    with llama_server(folder) as (url, process):
+        timeouts = Timeouts(first_token_s=5, next_token_s=5)
+        async with HttpEngine(url, timeouts=timeouts, retries=1) as engine:
+            failures: list[Any] = []
+
+            async def branch(k: int) -> None:
+                try:
+                    async with aclosing(engine.generate(((1, 2, k),), SamplingParams(max_tokens=1900))) as chunks:
+                        async for _ in chunks:
+                            process.kill()
+                except EngineError as exc:
+                    failures.append(exc)
+
+            with anyio.fail_after(20):
+                async with anyio.create_task_group() as branches:
+                    for k in range(4):
+                        branches.start_soon(branch, k)
+            assert len(failures) == 4
+            assert engine.stats().active == 0
+            with pytest.raises(EngineUnavailable, match="cannot be reached"):
+                await branch_raises(engine)
+
+
+async def branch_raises(engine: HttpEngine) -> None:
+    async with aclosing(engine.generate(((1, 2, 3),), SamplingParams(max_tokens=2))) as chunks:
+        async for _ in chunks:
+            pass
