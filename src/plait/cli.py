@@ -363,6 +363,36 @@ def doctor(engine: str, **options: Any) -> int:
     return run(engine, **options)
 
 
+@main.group(help="Measure servers (needs `pip install 'plait[http]'`).")
+def bench() -> None:
+    pass
+
+
+@bench.command(
+    help=_lines("""
+Offer requests at fixed rates; print throughput, latency and fork rate for each.
+
+plait bench load                                   the server on http://127.0.0.1:8000
+plait bench load --url http://host:8000 --rates 1,4,16,64 --seconds 20
+plait bench load --family long_multiplication --json
+
+Arrivals do not wait for answers, so a server that cannot keep up shows its queue.
+An API key is read from PLAIT_API_KEY.
+""")
+)
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, metavar="URL", help="Without /v1.")
+@click.option("--rates", default="1,2,4,8", show_default=True, metavar="N[,N]", help="Requests a second.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="For each rate.")
+@click.option("--model", metavar="NAME", help="Default: the server's.")
+@click.option("--family", "families", multiple=True, metavar="NAME", help="What is asked; default: all families.")
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Of arrivals and questions.")
+@_JSON
+def load(**options: Any) -> int:
+    from plait.commands.load import load as run
+
+    return run(**options)
+
+
 @main.command(help="List the embedded models, or describe one.")
 @click.argument("name", required=False)
 @_JSON
