@@ -33,7 +33,10 @@ class Lanes {
     });
     this.context = this.canvas.getContext('2d');
     this._listen();
-    this.observer = new ResizeObserver(() => this.resize());
+    this.observer = new ResizeObserver(() => {
+      const box = this.canvas.parentElement;
+      if (box && box.clientWidth !== this.width) this.resize();
+    });
     this.fit();
   }
 
@@ -137,16 +140,23 @@ class Lanes {
     this.draw();
   }
 
+  // Fits the canvas to its box and the lanes; whether that changed, and so was drawn.
   resize() {
     const box = this.canvas.parentElement;
-    if (!box || !box.clientWidth) return;
+    if (!box || !box.clientWidth) return false;
+    this._drawn = this.run.threads.size;
     this.width = Math.max(200, box.clientWidth);
     const rows = this.rows().length;
     this.gutter = this.width < 560 ? 68 : this.packed ? 76 : 148;
     const room = Math.max(150, window.innerHeight * this.most) - RULER - 10;
     this.row = clamp(SMALLEST_ROW, Math.floor(room / Math.max(1, rows)), LARGEST_ROW);
     this.height = RULER + 10 + Math.max(this.row, Math.min(rows * this.row, Math.floor(room / this.row) * this.row));
-    const ratio = window.devicePixelRatio || 1;
+    const ratio = window.devicePixelRatio || 1, size = [this.width, this.height, this.row, this.gutter, ratio].join();
+    if (size === this._fitted) {
+      this.draw();
+      return false;
+    }
+    this._fitted = size;
     this.canvas.width = Math.round(this.width * ratio);
     this.canvas.height = Math.round(this.height * ratio);
     this.canvas.style.width = `${this.width}px`;
@@ -154,6 +164,7 @@ class Lanes {
     this.context.setTransform(ratio, 0, 0, ratio, 0, 0);
     this.scroll = clamp(0, this.scroll, this.scrollable());
     this.paint();
+    return true;
   }
 
   scrollable() { return Math.max(0, this.rows().length * this.row + RULER + 10 - this.height); }
@@ -180,11 +191,7 @@ class Lanes {
   paint() {
     const c = this.context;
     if (!this.width) return;
-    if (this.rows().length * this.row + RULER + 10 !== this.height && this._drawn !== this.run.threads.size) {
-      this._drawn = this.run.threads.size;
-      this.resize();
-      return;
-    }
+    if (this._drawn !== this.run.threads.size && this.resize()) return;
     if (this.whole) this.view = [0, this.end()];
     c.clearRect(0, 0, this.width, this.height);
     c.textBaseline = 'middle';

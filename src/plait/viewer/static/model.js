@@ -4,13 +4,27 @@
 const BROKEN = new Set(['cancelled', 'malformed', 'budget', 'length']);
 
 class Segment {
-  constructor(index, about) {
-    Object.assign(this, {
-      index, chunks: [], forced: [], sampled: [], logprobs: [], joins: [], join: 'none', keep: null,
-      critical: false, steps: null, positions: null, stop: null, note: '', t: [0, 0],
-    }, about);
-    this.thread = this.id.slice(0, this.id.lastIndexOf(':'));
-    this.number = Number(this.id.slice(this.id.lastIndexOf(':') + 1));
+  constructor(about) {
+    const colon = about.id.lastIndexOf(':');
+    this.id = about.id;
+    this.thread = about.id.slice(0, colon);
+    this.number = Number(about.id.slice(colon + 1));
+    this.parent = about.parent;
+    this.joins = about.joins || [];
+    this.join = about.join || 'none';
+    this.keep = about.keep ?? null;
+    this.forced = about.forced || [];
+    this.sampled = about.sampled || [];
+    this.logprobs = about.logprobs || [];
+    this.chunks = about.chunks || [];
+    this.t = about.t;
+    this.steps = about.steps || null;
+    this.positions = about.positions || null;
+    this.critical = about.critical || false;
+    this.stop = about.stop || null;
+    this.note = about.note || '';
+    this.joiner = null;
+    this._times = null;
   }
 
   get length() { return this.forced.length + this.sampled.length; }
@@ -55,7 +69,7 @@ class Run {
     this.setPieces(about.pieces || null);
     const infos = new Map((about.threads || []).map((info) => [info.name, info]));
     for (const info of infos.values()) this.labels.set(info.name, info.label);
-    for (const segment of about.segments || []) this._add(new Segment(this.segments.size, segment));
+    for (const segment of about.segments || []) this._add(new Segment(segment));
     for (const [name, info] of infos) if (this.threads.has(name)) this.threads.get(name).info = info;
   }
 
@@ -98,7 +112,7 @@ class Run {
         event.threads.forEach((name, i) => this.labels.set(name, event.labels[i] || ''));
         break;
       case 'SegmentStarted':
-        this._add(new Segment(this.segments.size, {
+        this._add(new Segment({
           id: event.id, parent: event.parent, forced: event.forced_ids || [], joins: event.joins || [],
           join: event.join, keep: event.keep, t: [event.t, event.t],
         }));
@@ -129,6 +143,7 @@ class Run {
 
   _add(segment) {
     this.segments.set(segment.id, segment);
+    for (const id of segment.joins) this.segments.get(id).joiner = segment;
     const name = segment.thread;
     let thread = this.threads.get(name);
     if (!thread) {
@@ -184,15 +199,8 @@ class Run {
     return this._walk = out;
   }
 
-  joiner(thread) {
-    const last = thread.segments[thread.segments.length - 1].id;
-    if (!this._joiners || this._joined !== this.segments.size) {
-      this._joiners = new Map();
-      this._joined = this.segments.size;
-      for (const s of this.segments.values()) for (const id of s.joins) this._joiners.set(id, s);
-    }
-    return this._joiners.get(last) || null;
-  }
+  // The segment that reads what a thread wrote; null where none does yet.
+  joiner(thread) { return thread.segments[thread.segments.length - 1].joiner; }
 
   // What the token at `i` of a segment attends to: segment -> how many of its tokens. As `Tree.context` says.
   sees(segment, i) {
