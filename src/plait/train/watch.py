@@ -8,7 +8,7 @@ parallel reward is removed). Knows nothing of where its numbers come from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 WATCHED = {
@@ -27,21 +27,22 @@ class Watch:
     share: float = 0.5
     start: dict[str, float] = field(default_factory=dict[str, float])
     now: dict[str, float] = field(default_factory=dict[str, float])
-    seen: int = 0
+    seen: dict[str, int] = field(default_factory=dict[str, int])
+    """Steps in which it was a number."""
     low: list[str] = field(default_factory=list[str])
     """Names that are low; each is warned of again only after it has recovered."""
 
     def add(self, values: Mapping[str, float]) -> list[str]:
         """Take in a step; warnings in plain words."""
-        self.seen += 1
         warnings: list[str] = []
         for name, about in WATCHED.items():
             value = values.get(name)
             if value is None or value != value:
                 continue
-            if self.seen <= self.steps:
+            self.seen[name] = seen = self.seen.get(name, 0) + 1
+            if seen <= self.steps:
                 before = self.start.get(name, 0.0)
-                self.start[name] = self.now[name] = before + (value - before) / self.seen
+                self.start[name] = self.now[name] = before + (value - before) / seen
                 continue
             self.now[name] += (value - self.now[name]) / self.steps
             limit = self.share * self.start[name]
@@ -53,4 +54,5 @@ class Watch:
         return warnings
 
     def state(self) -> dict[str, Any]:
-        return {"start": dict(self.start), "now": dict(self.now), "seen": self.seen, "low": list(self.low)}
+        """Plain values from which an equal one goes on."""
+        return asdict(self)
