@@ -242,10 +242,12 @@ def test_a_question_is_asked_and_its_run_shown(browser: Any) -> None:
             press(browser, "/", "What is it?", Keys.ENTER)
             wait(browser, "return document.querySelector('.trace .stats')?.textContent.includes('42')")
             assert _Live.asked[-1] == {"question": "What is it?", "model": "tiny"}
+            wait(browser, "return !document.querySelector('[data-axis=steps]').disabled")
             browser.execute_script(
                 "document.getElementById('race').click(); document.querySelector('form').requestSubmit()"
             )
             wait(browser, "return document.querySelectorAll('.side').length === 2")
+            wait(browser, "return document.querySelector('.race .sentence').textContent.includes('in steps')")
             assert {asked["model"] for asked in _Live.asked[-2:]} == {"tiny", "twin"}
             assert [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
             browser.execute_script(

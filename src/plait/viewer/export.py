@@ -55,7 +55,7 @@ def _chrome_run(pid: int, run: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
         if s["chunks"]:
             first = _us(s["chunks"][0][1])
-            yield {**at, "ph": "X", "cat": "wait", "name": "first token", "ts": start, "dur": first - start}
+            yield {**at, "ph": "X", "cat": "wait", "name": "first tokens", "ts": start, "dur": first - start}
         parent = segments.get(s["parent"] or "")
         if s["joins"] and parent:
             waited = _us(parent["t"][1])

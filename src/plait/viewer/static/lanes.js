@@ -428,7 +428,7 @@ class Lanes {
   _given(c, s, from, to, y, h) {
     let end = from;
     if (this.axis === 'positions') end = this.x(s.positions[0] + s.forced.length);
-    else if (this.axis === 'time' && s.sampled.length) end = this.x(Math.max(s.t[0], s.first - this._typical(s)));
+    else if (this.axis === 'time' && s.sampled.length) end = this.x(this.place(s, s.forced.length)[0]);
     else if (this.axis === 'time') end = to;
     if (end - from < 2) return;
     c.fillStyle = palette.panel;
@@ -456,7 +456,7 @@ class Lanes {
     const wide = this.axis === 'time' && s.sampled.length < 2 ? 0 : (this.x(this.to(s)) - this.x(this.from(s))) / s.length;
     if (wide > this.em * 1.6 && this.axis !== 'time' || wide > this.em * 3) return this._tokens(c, s, from, to, y, h);
     let start = from + 6;
-    if (this.axis === 'time' && s.sampled.length) start = Math.max(start, this.x(s.first - this._typical(s)) + 4);
+    if (this.axis === 'time' && s.sampled.length) start = Math.max(start, this.x(this.place(s, s.forced.length)[0]) + 4);
     if (this.axis === 'positions') start = Math.max(start, this.x(s.positions[0] + s.forced.length) + 4);
     start = Math.max(start, this.gutter + 2);
     const most = Math.floor((to - start - 5) / this.em);

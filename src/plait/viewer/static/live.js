@@ -29,7 +29,7 @@ async function stream(address, options, on) {
       const about = JSON.parse(data);
       if (name === 'message') run.apply(about);
       else if (name === 'run') last = about;
-      else if (name === 'usage') { run.usage = about; run.answer = about.answer ?? null; }
+      else if (name === 'usage') { run.usage = run.usage || about; run.answer = about.answer ?? run.answer; }
       else if (name === 'error') { run.cut = run.cut || 'the run failed'; on(run); throw new Error(about.error.message); }
     }
     if (last) {
@@ -151,11 +151,11 @@ class AskView {
 
   _draw(runs) {
     if (runs.some((run) => !run.segments.size)) return;
-    const same = this.view && this.shown.every((run, i) => run === runs[i]);
+    const same = this.view && this.shown.length && this.shown.every((run, i) => run === runs[i]);
     if (same) return this.view.refresh();
     this._clear();
     this.shown = [...runs];
-    this.view = runs.length > 1 ? new RaceView(runs[0], runs[1]) : this.trace(runs[0]);
+    this.view = runs.length > 1 ? new RaceView(runs[0], runs[1], { together: true }) : this.trace(runs[0]);
     this.under.append(this.view.node);
     this.view.refresh();
   }

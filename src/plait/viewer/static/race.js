@@ -116,7 +116,8 @@ class Side {
 }
 
 class RaceView {
-  constructor(first, second, { choose } = {}) {
+  constructor(first, second, { choose, together = false } = {}) {
+    this.together = together;
     this.runs = [first, second];
     this.horizon = Math.max(first.wall, second.wall) || 1e-3;
     this.sides = this.runs.map((run) => new Side(run, this.horizon));
@@ -145,7 +146,8 @@ class RaceView {
     const said = (run) => `${run.model || run.name} needed ${seconds(run.wall)}${run.usage ? ` and ${count(run.usage.critical_path_tokens, 'step')}` : ''}`;
     const ratio = (x, y) => (x >= y ? `${(x / Math.max(y, 1e-9)).toFixed(2)}x faster` : `${(y / Math.max(x, 1e-9)).toFixed(2)}x slower`);
     const steps = a.usage && b.usage ? `, ${ratio(b.usage.critical_path_tokens, a.usage.critical_path_tokens)} in steps` : '';
-    return `${said(a)}, ${said(b)}: ${ratio(b.wall, a.wall)} in time${steps}.`;
+    const how = this.together ? ' Both ran at the same time on one server.' : '';
+    return `${said(a)}, ${said(b)}: ${ratio(b.wall, a.wall)} in time${steps}.${how}`;
   }
 
   // Runs that go on: new events were folded in.

@@ -217,7 +217,7 @@ function inspector(run, segment, token, seen, pick) {
   if (token === null) {
     row('tokens', `${segment.sampled.length} sampled, ${segment.forced.length} inserted`);
     row('time', `${seconds(segment.t[0])} to ${seconds(segment.t[1])}`);
-    if (segment.sampled.length) row('first token', `after ${seconds(segment.first - segment.t[0])}`);
+    if (segment.sampled.length) row('first tokens', `after ${seconds(segment.first - segment.t[0])}`);
   }
   if (segment.joins.length) row('joins', `${count(segment.joins.length, 'thread')} by ${segment.join}`);
   row('ended', segment.stop ? stops[segment.stop] || segment.stop : 'still at work');

@@ -15,8 +15,8 @@ const COLUMNS = [
 ];
 
 class RunTable {
-  // open(index of a run), race([indices])
-  constructor(rows, groups, { open, race }) {
+  // open(index of a run)
+  constructor(rows, groups, { open }) {
     this.rows = rows;
     this.open = open;
     this.sort = { key: null, down: true };
@@ -37,7 +37,6 @@ class RunTable {
       }) : null,
       el('div', { class: 'tools' }, this.filter, this.note),
       el('div', { class: 'table' }, this.head, this.list));
-    this.race = race;
     this.observer = new ResizeObserver(() => this.paint());
     this.observer.observe(this.list);
     this.update();
@@ -143,7 +142,7 @@ function scatter(rows, groups, { open, filter }) {
   const points = known
     ? groups.map((g) => ({ x: g.critical_path_tokens, y: g.accuracy, low: g.accuracy_low, high: g.accuracy_high, of: g }))
     : rows.slice(0, 2000).map((r) => ({ x: r.critical_path_tokens, y: r.total_tokens, of: r }));
-  const W = 760, H = 300, L = 54, R = 16, T = 14, B = 40;
+  const W = window.innerWidth < 560 ? 380 : 760, H = window.innerWidth < 560 ? 230 : 300, L = 54, R = 16, T = 14, B = 40;
   const xs = points.map((p) => p.x), models = [...new Set(points.map((p) => p.of.model))];
   const most = Math.max(...xs) * 1.08 || 1;
   const floor = known ? Math.max(0, Math.floor((Math.min(...points.map((p) => p.low)) - 0.02) * 10) / 10) : 0;
@@ -156,7 +155,7 @@ function scatter(rows, groups, { open, filter }) {
     node.append(content);
     art.append(node);
   };
-  for (const tick of ticks(0, most, 7, true)) {
+  for (const tick of ticks(0, most, W / 110, true)) {
     art.append(svg('line', { class: 'grid', x1: x(tick), x2: x(tick), y1: T, y2: H - B }));
     text(x(tick), H - B + 16, tick.toLocaleString('en'));
   }
@@ -197,5 +196,15 @@ function scatter(rows, groups, { open, filter }) {
   }
   const key = el('div', { class: 'key' }, models.slice(0, 4).map((model, i) => el('span', { class: `m${i}` },
     el('i', { class: i % 2 ? 'square' : 'dot' }), model || 'unknown model')));
-  return el('figure', { class: 'scatter' }, key, el('div', { class: 'plot' }, art, tip));
+  return el('div', { class: 'overview' },
+    el('figure', { class: 'scatter' }, key, el('div', { class: 'plot' }, art, tip)),
+    known ? el('dl', { class: 'totals' }, models.slice(0, 4).map((model, i) => totals(model, groups.filter((g) => g.model === model), i))) : null);
+}
+
+// A model over all its families.
+function totals(model, groups, i) {
+  const n = groups.reduce((sum, g) => sum + g.n, 0), mean = (key) => groups.reduce((sum, g) => sum + g.n * g[key], 0) / n;
+  return el('div', {}, el('dt', { class: `m${i}` }, model || 'unknown model'),
+    el('dd', {}, el('b', {}, `${(100 * mean('accuracy')).toFixed(1)} %`), ` right of ${n.toLocaleString('en')}`),
+    el('dd', {}, el('b', {}, mean('critical_path_tokens').toFixed(0)), ` of ${mean('total_tokens').toFixed(0)} tokens on the critical path`));
 }
