@@ -1,0 +1,147 @@
+"""What Plait adds to a server: the same requests sent by hand and through the HTTP engine, in turn.
+
+    python benchmarks/bench_http.py [--engine URL] [--runs 9] [--threads 1,4] [--json]
+
+By hand: one httpx2 client that streams the very bodies the engine would send and parses each event, nothing else.
+Through Plait: a run of the same problem in a format that never forks, events read and folded. Without --engine a
+llama-server is started on the embedded sequential model (one thread, loopback), which is so small that every
+microsecond of a client shows: a token takes well below a millisecond. Medians over the runs with their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import anyio
+import httpx2
+
+from plait.engines.http import HttpEngine
+from plait.engines.http.base import Call
+from plait.models import load_model
+from plait.session import run
+from plait.types import Budget, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+MODEL = "plait-tiny-sequential"
+QUESTIONS = ("347 * 526", "836 * 472", "529 * 683", "974 * 385", "263 * 947", "718 * 264", "495 * 836", "652 * 719")
+BUDGET = Budget(max_tokens=None)
+
+
+@contextmanager
+def served(url: str | None, slots: int) -> Iterator[str]:
+    if url is not None:
+        yield url
+        return
+    from real_servers import llama_server
+
+    with tempfile.TemporaryDirectory() as folder, llama_server(Path(folder), slots=slots) as (address, _):
+        yield address
+
+
+async def by_hand(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> int:
+    """Tokens that came."""
+    count = 0
+    async with client.stream("POST", url, json=body) as response:
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                count += len(event.get("tokens") or (event.get("choices") or [{}])[0].get("token_ids") or ())
+    return count
+
+
+async def side_by_side(number: int, work: Any) -> float:
+    start = perf_counter()
+    async with anyio.create_task_group() as tasks:
+        for i in range(number):
+            tasks.start_soon(work, i)
+    return perf_counter() - start
+
+
+async def measure(url: str, threads: int, runs: int) -> dict[str, Any]:
+    """Wall seconds of `threads` problems at once, by hand and through Plait, in turn."""
+    model = load_model(MODEL)
+    format = model.format
+    requests = [model.request(f"What is {question}?", budget=BUDGET) for question in QUESTIONS[:threads]]
+    hand: list[float] = []
+    plait: list[float] = []
+    counts = {"hand": 0, "plait": 0}
+    async with model.open_engine(url) as engine, httpx2.AsyncClient(timeout=60, trust_env=False) as client:
+        assert isinstance(engine, HttpEngine)
+        dialect, server = engine._dialects[0], engine.servers[0]
+        most = engine.max_context - 100
+        params = SamplingParams(max_tokens=most, eos_ids=format.eos_ids(), logprobs=False)
+
+        async def one_by_hand(i: int) -> None:
+            call = Call(
+                model=server.model,
+                token_ids=requests[i].prompt_ids,
+                params=params,
+                max_tokens=most,
+                seed=0,
+                key=f"hand-{i}",
+                stop_texts={},
+            )
+            came = await by_hand(client, f"{url}{dialect.route(call)}", dialect.body(call))
+            counts["hand"] += came
+
+        async def one_through_plait(i: int) -> None:
+            tree = await run(requests[i], engine=engine, format=format)
+            counts["plait"] += tree.usage().sampled_tokens
+
+        for number in range(runs + 1):
+            for samples, work in ((hand, one_by_hand), (plait, one_through_plait)):
+                seconds = await side_by_side(threads, work)
+                if number:  # the first round warms up
+                    samples.append(seconds)
+    assert counts["hand"] == counts["plait"], f"not the same work: {counts}"
+    tokens = counts["hand"] // (runs + 1)
+    by, through = statistics.median(hand), statistics.median(plait)
+    return {
+        "engine": server.kind,
+        "threads": threads,
+        "tokens": tokens,
+        "by_hand_ms": round(by * 1e3, 2),
+        "by_hand_range_ms": [round(min(hand) * 1e3, 2), round(max(hand) * 1e3, 2)],
+        "plait_ms": round(through * 1e3, 2),
+        "plait_range_ms": [round(min(plait) * 1e3, 2), round(max(plait) * 1e3, 2)],
+        "added_ms": round((through - by) * 1e3, 2),
+        "added_us_per_token": round((through - by) / tokens * 1e6, 1),
+        "of_by_hand": round(by / through, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--engine", metavar="URL", help="a server that runs; its vocabulary must be the model's")
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--threads", default="1,4")
+    parser.add_argument("--json", action="store_true", help="print the rows as the last line")
+    options = parser.parse_args()
+    numbers = [int(n) for n in options.threads.split(",")]
+    with served(options.engine, max(numbers)) as url:
+        rows = [anyio.run(measure, url, n, options.runs) for n in numbers]
+    print("| engine | streams | tokens | by hand | through Plait | added | a token |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for r in rows:
+        by, through = (
+            f"{r[f'{k}_ms']} ms ({r[f'{k}_range_ms'][0]}-{r[f'{k}_range_ms'][1]})" for k in ("by_hand", "plait")
+        )
+        print(
+            f"| {r['engine']} | {r['threads']} | {r['tokens']} | {by} | {through} | {r['added_ms']} ms | "
+            f"{r['added_us_per_token']} us |"
+        )
+    if options.json:
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
