@@ -583,10 +583,9 @@ class _Program:
         if isinstance(asked, Malformed):
             declined = _Declined(StopReason.MALFORMED, asked.note)
         elif isinstance(asked, Await):
-            unknown = [key for key in asked.keys if key not in thread.running]
-            if not unknown and asked.keys:
+            declined = self.unanswered(thread, asked)
+            if declined is None:
                 return asked
-            declined = _Declined(StopReason.MALFORMED, f"it asks for threads that do not run: {unknown}")
         else:
             declined = self.refusal(thread, asked)
             if declined is None:
@@ -599,6 +598,16 @@ class _Program:
             return _Declined(StopReason.MALFORMED, note)
         return declined
 
+    def unanswered(self, thread: _Thread, asked: Await) -> _Declined | None:
+        """Why threads that were started before cannot be read now."""
+        unknown = [key for key in asked.keys if key not in thread.running]
+        if unknown or not asked.keys:
+            return _Declined(StopReason.MALFORMED, f"it asks for threads that do not run: {unknown}")
+        blank = self.format.join([self.blank(thread.running[key].header_ids) for key in asked.keys])
+        if thread.end - thread.position - len(blank.forced_ids) < 1:
+            return _Declined(StopReason.BUDGET, f"the join needs more than max_context={self.engine.max_context}")
+        return None
+
     def refusal(self, thread: _Thread, fork: Fork) -> _Declined | None:
         """Why a block is not opened. All of it fits, or none of it runs."""
         budget, share, n, caps = self.request.budget, thread.share, len(fork.branches), self.format.caps
@@ -610,6 +619,8 @@ class _Program:
             return _Declined(StopReason.MALFORMED, f"{asked} that wait for each other")
         if fork.race and any(needs):
             return _Declined(StopReason.MALFORMED, f"{asked} in a race, of which some wait for others")
+        if fork.fresh and any(needs):
+            return _Declined(StopReason.MALFORMED, f"{asked} that see nothing, of which some wait for others")
         if not fork.waits and (again := [b.key for b in fork.branches if b.key in thread.running]):
             return _Declined(StopReason.MALFORMED, f"thread {again[0]} runs already")
         if n > limit(budget.max_threads_per_fork):
@@ -632,13 +643,12 @@ class _Program:
         """Positions that each branch may fill between header and closer, so that the join fits whatever they write."""
         closed = [self.blank(branch.header_ids) for branch in fork.branches]
         frame = len(self.format.join(closed).forced_ids)
-        if self.format.join_kind == "message":
-            # What they return is fitted at the join; a thread that starts afresh has the whole context.
+        if fork.fresh:
+            # A thread that starts afresh has the whole context; what it returns is fitted at the join.
             keep = self.kept(thread, fork)
             keep = thread.position if keep is None else keep
             longest = max(len(outcome.header_ids) + len(outcome.token_ids) for outcome in closed)
-            own = self.engine.max_context if fork.fresh else thread.end - thread.position
-            return own - longest if thread.end - keep - frame > 0 else 0
+            return self.engine.max_context - longest if thread.end - keep - frame > 0 else 0
         parts = len(closed) + 1
         if self.format.join_kind == "merge":
             # Branches lie side by side: the longest counts.

@@ -11,7 +11,7 @@ import random
 from array import array
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from typing import TypeAlias
 from zlib import crc32
 
@@ -106,13 +106,19 @@ class ScriptedEngine:
                 for _ in range(self._size()):
                     if self._fail is not None and (failure := self._fail(context, said)) is not None:
                         raise failure
-                    id, logprob = next(tokens)
+                    token = next(tokens)
+                    if token is None:
+                        break
+                    id, logprob = token
                     ids.append(id)
                     logprobs.append(logprob if params.logprobs else 0.0)
                     said.append(id)
                     stop = _stop(id, params, full=len(said) >= room)
                     if stop is not None:
                         break
+                if not ids:
+                    # A replayed call that was cut: silent until it is cut again.
+                    await anyio.sleep_forever()
                 if self._delay_s:
                     await anyio.sleep(self._delay_s * len(ids))
                 self._decoded += len(ids)
@@ -138,11 +144,12 @@ class ScriptedEngine:
         for _ in range(1 if self._timing is None else self._timing.randrange(4)):
             await anyio.lowlevel.checkpoint()
 
-    def _tokens(self, context: Context, params: SamplingParams) -> Iterator[tuple[int, float]]:
+    def _tokens(self, context: Context, params: SamplingParams) -> Iterator[tuple[int, float] | None]:
         if self._script is None:
             return self._draw(context, params)
-        said = self._script.said(context) if isinstance(self._script, _Replay) else _flat(self._script(context))
-        return _until_silent(said, context)
+        if isinstance(self._script, _Replay):
+            return self._script.tokens(context)
+        return _until_silent(_flat(self._script(context)), context)
 
     def _draw(self, context: Context, params: SamplingParams) -> Iterator[tuple[int, float]]:
         weights = self._weights
@@ -160,19 +167,28 @@ class ScriptedEngine:
 
 
 class _Replay:
-    """What a tree's calls sampled, by their contexts. Of two calls with the same context the first is kept."""
+    """What a tree's calls sampled, by their contexts. Of two calls with the same context the first is kept.
+
+    What a call that was cut would have said is not known: it is silent until it is cut again.
+    """
 
     def __init__(self, tree: Tree) -> None:
         self._said: dict[Context, list[tuple[int, float]]] = {}
+        self._cut: set[Context] = set()
         for segment in tree.segments.values():
             said = list(zip(segment.sampled_ids, segment.logprobs, strict=True))
-            if said:
-                self._said.setdefault(tree.context(segment.id), said)
+            if said or segment.stop is StopReason.CANCELLED:
+                context = tree.context(segment.id)
+                self._said.setdefault(context, said)
+                if segment.stop is StopReason.CANCELLED:
+                    self._cut.add(context)
 
-    def said(self, context: Context) -> list[tuple[int, float]]:
+    def tokens(self, context: Context) -> Iterator[tuple[int, float] | None]:
         if context not in self._said:
             raise EngineError(f"the replayed tree has no call with this context ({_tail(context)})")
-        return self._said[context]
+        if context in self._cut:
+            return chain(self._said[context], repeat(None))
+        return _until_silent(self._said[context], context)
 
 
 def _flat(ids: Sequence[int]) -> list[tuple[int, float]]:

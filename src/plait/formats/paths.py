@@ -45,6 +45,7 @@ class PathsFormat(TrajectoryFormat):
         self._tokenizer = tokenizer
         self._eos = tokenizer.eos_ids
         self._closers = tuple(self._control(f"</{self.path_tag(i)}>") for i in range(1, num_paths + 1))
+        self._control(f"<{self.summary}>")
         self._after = ids(tokenizer, self.after_text())
         self._fork = Fork(
             branches=tuple(

@@ -38,7 +38,7 @@ class _Renderer:
 
     def run(self, trajectory: Trajectory, prompt_ids: tuple[int, ...]) -> Tree:
         self._thread("0", None, Join(forced_ids=prompt_ids), trajectory, depth=0)
-        self.tree.stop = StopReason.EOS
+        self.tree.stop, self.tree.note = StopReason.EOS, self.tree.segments[self._last("0")].note
         return self.tree
 
     def _thread(
@@ -116,10 +116,11 @@ class _Renderer:
         clocks = [spans[self._last(thread)].end for thread in threads]
         found = [i for i, outcome in enumerate(outcomes) if self.format.succeeded(outcome)]
         winner = min(found, key=lambda i: clocks[i], default=None)
-        if winner is not None and len(threads) > 1:
+        if winner is not None:
             losers = tuple(thread for i, thread in enumerate(threads) if i != winner)
             note = f"cut: {threads[winner]} ended the race"
             self.tree.apply(ThreadsCut(threads=losers, clock=clocks[winner], note=note))
+            # Nothing was sampled in vain: the rest of the losers' traces is only not said.
             self.tree.num_dropped = 0
             self.note = f"{threads[winner]} ended the race of {len(threads)} threads"
         return [replace(outcome, won=i == winner) for i, outcome in enumerate(outcomes)]

@@ -94,8 +94,8 @@ class CharTokenizer:
         control: Texts of the control tokens.
     """
 
-    bos_ids = (0,)
-    eos_ids = (1,)
+    bos_ids: tuple[int, ...] = (0,)
+    eos_ids: tuple[int, ...] = (1,)
 
     def __init__(self, control: Sequence[str]) -> None:
         self.control = ("<bos>", "<eos>", *control)
