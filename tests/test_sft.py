@@ -2,6 +2,7 @@ import json
 import os
 import random
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +151,25 @@ def test_true_decoding_is_scored_on_the_exported_file_and_kept_with_it(tmp_path)
     assert about["join"] == "merge"
     assert about["tokenizer"]["tokens"] == list(TOKENIZER.tokens)
     assert about["scores"]["decoded"] == {"copy": 0.25}
+
+
+def test_numbers_go_to_the_dashboards_that_are_asked_for(tmp_path, monkeypatch):
+    logged: list[int] = []
+
+    class Dashboard:
+        def init(self, **options):
+            return self
+
+        def log(self, values, *, step):
+            logged.append(step)
+            assert values["loss"] > 0
+
+        def finish(self):
+            logged.append(-1)
+
+    monkeypatch.setitem(sys.modules, "trackio", Dashboard())
+    run(config_from({**TINY, "sinks": ["trackio"], "schedule": {"steps": 3}, "eval": {"times": 0}}), tmp_path)
+    assert logged == [1, 2, 3, -1]
 
 
 def test_weights_are_refused_under_another_format(tmp_path):

@@ -13,6 +13,7 @@ from plait import tasks
 from plait.errors import RequestError, nearest
 from plait.tasks.vocabulary import TOKENIZERS
 from plait.tokenizer import FixedTokenizer
+from plait.train.metrics import SINKS
 from plait.train.model import ModelConfig
 
 T = TypeVar("T")
@@ -127,12 +128,17 @@ class SFTConfig:
     """False, or no C++ compiler: the same, slower."""
     threads: int = 1
     checkpoint_every_s: float = 120.0
+    sinks: tuple[str, ...] = ()
+    """Dashboards beside metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "bf16", "fp32"):
             raise nearest(self.precision, ["auto", "bf16", "fp32"], "precision")
         if self.weights not in ("F32", "F16", "Q8_0"):
             raise nearest(self.weights, ["F32", "F16", "Q8_0"], "number type of weights")
+        for name in self.sinks:
+            if name not in SINKS:
+                raise nearest(name, list(SINKS), "dashboard")
         longest = max((length for _, length in self.data.buckets), default=0)
         if longest > self.model.max_positions:
             raise RequestError(f"rows of {longest} tokens are longer than max_positions, {self.model.max_positions}")
@@ -187,6 +193,8 @@ def config_from(data: Mapping[str, Any]) -> SFTConfig:
         if name == "data" and "buckets" in section:
             section["buckets"] = tuple((int(rows), int(length)) for rows, length in section["buckets"])
         parts[name] = build(cls, section, f"[{name}]")
+    if "sinks" in parts:
+        parts["sinks"] = tuple(parts["sinks"])
     return build(SFTConfig, parts, "the config")
 
 
@@ -236,7 +244,7 @@ def to_toml(config: Any) -> str:
     return "\n".join(head + tables) + "\n"
 
 
-FREE = frozenset({"schedule", "eval", "checkpoint_every_s", "threads", "compile", "init", "weights"})
+FREE = frozenset({"schedule", "eval", "checkpoint_every_s", "threads", "compile", "init", "weights", "sinks"})
 """What may change between a start and a resume."""
 
 

@@ -27,7 +27,7 @@ from plait.train import checkpoint, machine
 from plait.train.config import ScheduleConfig, SFTConfig, config_from, identity, load_config, to_toml
 from plait.train.data import Source, Stream, gold_source
 from plait.train.display import Display, Say, open_display
-from plait.train.metrics import MetricsFile
+from plait.train.metrics import MetricsFile, open_sinks
 from plait.train.model import Decoder
 from plait.train.optimiser import optimisers
 from plait.train.packing import Bucket, PackedBatch, Packer
@@ -91,7 +91,12 @@ def train(
         ModelError: The folder holds a checkpoint of another run.
     """
     with open_display(say) as display:
-        return _Run(config, Path(out), resume, on_eval, source, display).go(stop_after_steps)
+        run = _Run(config, Path(out), resume, on_eval, source, display)
+        try:
+            return run.go(stop_after_steps)
+        finally:
+            for sink in run.sinks:
+                sink.close()
 
 
 class _Run:
@@ -138,6 +143,7 @@ class _Run:
         self.held_out = {name: self._held_out(name) for name in config.data.mixture}
         (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
         self.metrics = MetricsFile(out / "metrics.jsonl", step=self.progress.step)
+        self.sinks = open_sinks(config.sinks, out=out, config=asdict(config))
 
     def go(self, stop_after_steps: int | None) -> Outcome:
         config, progress = self.config, self.progress
@@ -187,20 +193,19 @@ class _Run:
         # The first batch of each shape compiles: its time says nothing about the speed.
         fresh = speed.add(batch, took, drawn - began)
         progress.seconds += took if not fresh else 0.0
-        self.metrics.write(
-            {
-                "step": progress.step,
-                "tokens": progress.tokens,
-                "problems": progress.problems,
-                "loss": round(value, 5),
-                "lr": lr,
-                "norm": round(float(norm), 4),
-                "shape": list(batch.token_ids.shape),
-                "fill": round(batch.fill, 4),
-                "step_s": round(took, 4),
-                "data_s": round(drawn - began, 4),
-            }
-        )
+        numbers = {
+            "tokens": progress.tokens,
+            "problems": progress.problems,
+            "loss": round(value, 5),
+            "lr": lr,
+            "norm": round(float(norm), 4),
+            "fill": round(batch.fill, 4),
+            "step_s": round(took, 4),
+            "data_s": round(drawn - began, 4),
+        }
+        self.metrics.write({"step": progress.step, **numbers, "shape": list(batch.token_ids.shape)})
+        for sink in self.sinks:
+            sink.write(progress.step, numbers)
 
     def _done(self) -> float:
         p = self.progress
