@@ -38,8 +38,9 @@ _SLACK_S = 10.0
 """A run ends by its deadline; a client that does not read it to its end gets so much longer."""
 
 
-def asked(request: HttpRequest) -> Asked:
+async def asked(request: HttpRequest) -> Asked:
     """Who asks: the guard has found it out."""
+    # Asynchronous, so that it is not sent to another thread.
     state = request.scope["state"]
     return Asked(
         service=request.app.state.service,

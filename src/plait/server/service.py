@@ -399,4 +399,4 @@ def _engine_options(engine: str, config: ServeConfig) -> dict[str, Any]:
     if engine != "llamacpp":
         return {}
     # Each request also holds the context that its threads come from.
-    return {"max_seqs": min(256, 2 * config.max_threads), "cells": max(4096, 512 * config.max_threads)}
+    return {"max_seqs": min(256, 2 * config.max_threads), "cells": max(4096, 256 * config.max_threads)}
