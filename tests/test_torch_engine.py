@@ -133,6 +133,14 @@ async def test_random_trees_match_a_dense_mask() -> None:
         assert_idle(engine)
 
 
+async def test_a_merge_on_a_finished_call_starts_each_branch_where_that_ended() -> None:
+    async with make() as engine:
+        await call(engine, (PROMPT,), max_tokens=1)  # its last block has room, and nobody refers to it
+        context: Context = (PROMPT, Merge((((1,),), ((2, 3),), ((1, 4),))), (5,))
+        ids, logprobs, _ = await call(engine, context)
+        assert_greedy(context, ids, logprobs)
+
+
 async def test_a_fork_and_a_join_compute_only_what_is_new() -> None:
     async with make() as engine:
         prompt = tuple(i % 40 for i in range(200))
@@ -355,6 +363,33 @@ async def test_leaving_ends_the_calls_that_still_run() -> None:
         [chunk async for chunk in chunks]
     with pytest.raises(EngineUnavailable, match="once"):
         await engine.__aenter__()
+
+
+async def test_the_shipped_model_says_the_same_as_in_llamacpp(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from plait.engines.llamacpp import LlamaCppEngine
+    from plait.models import load_model
+    from plait.session import open_run
+    from plait.train.gguf import write_gguf
+
+    model = load_model()
+    assert model.path is not None
+    read = read_checkpoint(model.path)
+    wide = write_gguf(tmp_path / "wide.gguf", read.weights, read.config)  # the same numbers without their blocks of 32
+    questions = ("What is 347 * 526?", "What is 34 * 27 + 58 * 16?")
+    async with (
+        model.open_engine("torch", device="cpu") as ours,
+        LlamaCppEngine(wide, cache="F32", flash_attention=False) as theirs,
+    ):
+        for question in questions:
+            texts: list[list[tuple[int, ...]]] = []
+            for engine in (ours, theirs):
+                async with open_run(model.request(question), engine=engine, format=model.format) as run:
+                    async for _ in run:
+                        pass
+                texts.append([tuple(segment.sampled_ids) for segment in run.tree.segments.values()])
+            assert sorted(texts[0]) == sorted(texts[1])
+            assert len(texts[0]) > 3, "it forked"
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "Q8_0"])

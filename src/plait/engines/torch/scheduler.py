@@ -124,6 +124,8 @@ class _Walk:
         return tip
 
     def _merge(self, base: Node, part: Merge) -> Node | None:
+        # Held, for a run that only its first branch refers to would grow in place, under the feet of the others.
+        self.holds.append(self.pool.hold(base))
         tips: list[Node] = []
         for branch in part.branches:
             tip = self.context(base, branch)
