@@ -105,6 +105,8 @@ def test_a_policy_stops_forking_where_it_does_not_pay(tmp_path: Path, either: Pa
     assert end["critical_path_tokens"] <= start["critical_path_tokens"]
     assert end["correct"] >= start["correct"] - 0.25
     assert steps(tmp_path / "rl", "age") == [0.0] + [float(mode == "one_step_off")] * 6
+    if mode == "sync":
+        assert max(steps(tmp_path / "rl", "mismatch")) < 1e-3
     assert "held out, greedy" in "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -9,6 +10,7 @@ from plait.formats import open_format
 from plait.models import gold_model
 from plait.tasks.vocabulary import TOKENIZER
 from plait.train.prompts import Prompt, Prompts, task_source
+from plait.train.rewards import Group, Reward
 from plait.train.rollouts import Rollout, collect, faults, outcome_of
 from plait.types import Budget, Context
 
@@ -178,6 +180,34 @@ async def test_a_run_over_its_budget_is_limited_and_not_malformed() -> None:
     assert outcome.faults == ()
     assert outcome.limited > 0
     assert not outcome.correct
+
+
+async def test_threads_that_do_nothing_gain_published_rewards_and_lose_the_recommended_one() -> None:
+    def opening(threads: int) -> str:
+        outlines = "".join(f"<Outline>{n}: 1</Outline>" for n in range(1, threads + 1))
+        return f"1+1?=><Parallel><Goal>{outlines}</Goal>"
+
+    long, useless = " 111111111111111111</Path>", " 11111111111111111</Path>"
+    outcomes = [(await one(opening(n), f"1:=>{long}", f":=>{useless}", END))[1] for n in (2, 9)]
+    modest, spammed = (replace(o, baseline_tokens=60.0) for o in outcomes)
+    assert modest.correct
+    assert spammed.correct
+    assert spammed.valid
+    assert spammed.threads == 9
+    group = Group(outcomes=(modest, spammed))
+    for variant in ("paper", "code", "readme"):
+        published = Reward({"correctness": {}, "acceleration": {"variant": variant, "clip": 1.0}})
+        assert published(spammed, group) > published(modest, group)
+    recommended = Reward({"correctness": {}, "latency": {}, "format_validity": {}})
+    assert recommended(spammed, group) < recommended(modest, group)
+
+
+async def test_every_segment_records_the_weights_it_began_with() -> None:
+    updates = iter(range(100))
+    rollout, _ = await one(BLOCK, ":=> 1</Path>", END, version=lambda: next(updates), concurrency=1, group_size=1)
+    assert sorted(rollout.versions.values()) == [0, 1, 2, 3]
+    assert rollout.versions["0:0"] == 0
+    assert rollout.versions["0:1"] == 3
 
 
 async def test_a_rollout_survives_a_checkpoint() -> None:

@@ -134,7 +134,8 @@ class LogConfig:
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "optimiser": {"name": "adamw", "lr": 1e-4, "weight_decay": 0.0},
+    "optimiser": {"name": "muon", "lr": 2e-4, "weight_decay": 0.0},
+    "schedule": {"warmup_steps": 5, "decay": 0.5, "floor": 0.1},
     "eval": {"times": 5, "problems": 32},
 }
 """Where a section's defaults are not those of SFT."""
