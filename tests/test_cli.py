@@ -44,7 +44,21 @@ def started(*args: str, **more: Any) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "solve", "eval", "trace", "trace show", "train", "train sft", "train rl", "models", "formats", "tasks"],
+    [
+        "",
+        "solve",
+        "eval",
+        "trace",
+        "trace show",
+        "train",
+        "train sft",
+        "train rl",
+        "models",
+        "formats",
+        "tasks",
+        "validate",
+        "convert",
+    ],
 )
 def test_help_fits_a_screen(command: str) -> None:
     result = plait(*command.split(), "--help", terminal_width=80)
@@ -252,7 +266,18 @@ def test_lists_name_everything(tmp_path: Path) -> None:
         "plait-tiny-sequential",
     ]
     joins = {row["name"]: row["join"] for row in json.loads(plait("formats", "--json").stdout)}
-    assert joins == {"sequential": "none", "threadweaver": "concat", "multiverse": "merge"}
+    assert joins == {
+        "sequential": "none",
+        "threadweaver": "concat",
+        "multiverse": "merge",
+        "plait": "concat",
+        "npr": "merge",
+        "medverse": "concat",
+        "parallel_r1": "concat",
+        "parathinker": "merge",
+        "apr": "message",
+        "asyncthink": "message",
+    }
     assert [row["name"] for row in json.loads(plait("tasks", "--json").stdout)] == list(tasks.FAMILIES)
     for command in ("models", "formats", "tasks"):
         assert plait(command).exit_code == 0

@@ -410,6 +410,50 @@ def formats(as_json: bool) -> int:
     return run(as_json=as_json)
 
 
+_FORMAT = click.option("--format", metavar="NAME", help="Of lines that do not name one.")
+_CONCLUSION = click.option("--conclusion", is_flag=True, help="ThreadWeaver's older form, with a conclusion.")
+
+
+@main.command(
+    help=_lines("""
+Check a data set of trajectories: JSON lines with `text`, and perhaps `format`.
+
+plait validate traces.jsonl --format threadweaver
+
+Says line and column of what is wrong; exit code 1 if anything is.
+""")
+)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@_FORMAT
+@_CONCLUSION
+@_JSON
+def validate(file: str, format: str | None, conclusion: bool, as_json: bool) -> int:
+    from plait.commands.traces import validate as run
+
+    return run(file, format=format, conclusion=conclusion, as_json=as_json)
+
+
+@main.command(
+    help=_lines("""
+Write a data set of trajectories in another format, where the meaning allows.
+
+plait convert traces.jsonl --format threadweaver --to plait --out plait.jsonl
+plait convert plait.jsonl --to sequential
+
+Lines without a form in it are named and left out; the exit code is then 1.
+""")
+)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--to", required=True, metavar="NAME", help="See `plait formats`.")
+@_FORMAT
+@_CONCLUSION
+@click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Default: standard output.")
+def convert(file: str, to: str, format: str | None, conclusion: bool, out: str | None) -> int:
+    from plait.commands.traces import convert as run
+
+    return run(file, to=to, format=format, conclusion=conclusion, out=out)
+
+
 @main.command(
     help=_lines("""
 List the problem families: what can be asked.

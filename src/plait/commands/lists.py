@@ -69,13 +69,21 @@ def about(model: Model) -> dict[str, Any]:
 
 def formats(*, as_json: bool = False) -> int:
     """List the trajectory formats."""
-    rows = [{"name": n, "join": format_class(n).join_kind, "paper": format_class(n).paper} for n in FORMATS]
+    rows: list[dict[str, Any]] = []
+    for name in FORMATS:
+        cls = format_class(name)
+        engine = "merge" if cls.join_kind == "merge" else "any"
+        rows.append(
+            {"name": name, "join": cls.join_kind, "paper": cls.paper, "engine": engine, "tags": list(cls.tags())}
+        )
     if as_json:
         print(json.dumps(rows))
         return 0
     for row in rows:
         doc = (format_class(row["name"]).__doc__ or "").strip().split("\n")[0]
         print(f"{row['name']:13} {row['join']:7} {row['paper']:17} {doc}")
+    print("\nA merge join needs an engine that merges keys and values: llamacpp, scripted. The others take any engine.")
+    print("Every tag must be one control token of the vocabulary: `plait formats --json` lists them.")
     return 0
 
 

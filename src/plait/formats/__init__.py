@@ -20,6 +20,7 @@ from plait.formats.base import (
     TrajectoryFormat,
 )
 from plait.formats.render import render
+from plait.formats.text import CharTokenizer
 from plait.tokenizer import Tokenizer
 
 _WHERE = {
@@ -58,6 +59,15 @@ def open_format(name: str, tokenizer: Tokenizer, **options: Any) -> TrajectoryFo
     return format_class(name)(tokenizer, **options)
 
 
+def text_format(name: str, **options: Any) -> TrajectoryFormat:
+    """A format over a vocabulary that can say anything: to read and write text, without a model.
+
+    Raises:
+        RequestError: No format has this name.
+    """
+    return open_format(name, CharTokenizer(format_class(name).tags()), **options)
+
+
 __all__ = [
     "FORMATS",
     "Await",
@@ -74,4 +84,5 @@ __all__ = [
     "format_class",
     "open_format",
     "render",
+    "text_format",
 ]
