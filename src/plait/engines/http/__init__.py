@@ -1,8 +1,8 @@
 """Servers that people already run, over HTTP: vLLM, SGLang, llama-server, and what speaks their routes."""
 
+from plait.engines.affinity import affinity
 from plait.engines.http.client import Timeouts
 from plait.engines.http.engine import HttpEngine
-from plait.engines.http.placement import affinity
 from plait.engines.http.probe import Server
 
 __all__ = ["HttpEngine", "Server", "Timeouts", "affinity"]

@@ -2,63 +2,26 @@
 
 Works on token ids alone. A call belongs with the earlier call whose context and output it starts with, which is how a
 branch starts, and a parent after a join. So forks land where their prefix is without the engine knowing of forks.
-`affinity` says it outright where the caller knows more.
+Where a caller stated an affinity, that counts.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
+from secrets import token_hex
 
 import anyio
 
-from plait.errors import RequestError
+from plait.engines.affinity import stated_affinity
 
 _ID_BYTES = array("I").itemsize
-_SALT_REFUSED = "@/\\\0"
 _BYTES_KEPT = 64 << 20
 _LATELY = 64
 """Calls that are looked at when two prefixes only overlap."""
-
-
-@dataclass(frozen=True, slots=True)
-class Affinity:
-    """What a caller said about the calls it makes."""
-
-    key: str
-    cache_salt: str | None
-
-
-_STATED: ContextVar[Affinity | None] = ContextVar("plait_affinity", default=None)
-
-
-@contextmanager
-def affinity(key: str, *, cache_salt: str | None = None) -> Iterator[None]:
-    """State that all engine calls made inside, in every task started inside, belong to one request.
-
-    Args:
-        key: Sent as session id, routing key and header: routers keep calls with one key on one replica.
-        cache_salt: Calls with different salts never share cached prefixes, so nobody can find out by timing what
-            others asked. The same for all calls of a request, or its forks lose their prefix; a secret, at most 128
-            characters.
-
-    Raises:
-        RequestError: The key is empty, or the salt is not one that servers take.
-    """
-    if not key or not key.isascii() or not key.isprintable():
-        raise RequestError(f"the affinity key is {key!r}; it must be printable ASCII, at least one character")
-    if cache_salt is not None and (not 0 < len(cache_salt) <= 128 or set(cache_salt) & set(_SALT_REFUSED)):
-        raise RequestError("a cache salt has 1 to 128 characters and none of @ / \\ NUL")
-    token = _STATED.set(Affinity(key, cache_salt))
-    try:
-        yield
-    finally:
-        _STATED.reset(token)
 
 
 @dataclass(slots=True, eq=False)
@@ -105,13 +68,14 @@ class Placement:
         self._held: deque[_Held] = deque()
         self._bytes = 0
         self._pending: list[Place] = []
-        self._numbers = count()
+        # Routers serve many processes: their keys must not meet.
+        self._prefix, self._numbers = f"plait-{token_hex(4)}", count()
         self._stated: OrderedDict[str, int] = OrderedDict()
 
     def enter(self, token_ids: Sequence[int]) -> Place:
         """Place a call and count it as active there. Every `enter` is followed by one `leave`."""
         ids = array("I", token_ids).tobytes()
-        stated = _STATED.get()
+        stated = stated_affinity()
         salt = stated.cache_salt if stated else None
         relative = self._relative(ids, salt)
         if stated is not None:
@@ -122,7 +86,7 @@ class Placement:
             if len(self._stated) > self._remembered:
                 self._stated.popitem(last=False)
         else:
-            key = relative.key if relative else f"plait-{id(self):x}-{next(self._numbers)}"
+            key = relative.key if relative else f"{self._prefix}-{next(self._numbers)}"
             place = Place(self._fit(relative.base if relative else None), key, salt, ids)
         self.active[place.base] += 1
         self._pending.append(place)

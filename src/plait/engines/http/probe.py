@@ -110,11 +110,7 @@ async def _page(client: Client, url: str) -> Any:
     """A page that a server need not have; a refusal counts as none."""
     try:
         return await client.get(url)
-    except (EngineProtocolError, RequestError):
-        return None
-    except EngineError as exc:
-        if isinstance(exc, EngineUnavailable):
-            raise
+    except (EngineError, RequestError):
         return None
 
 
