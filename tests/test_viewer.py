@@ -23,7 +23,7 @@ from plait.bench import Record
 from plait.cli import main
 from plait.events import SCHEMA_VERSION
 from plait.log import read_log, split_runs, write_log
-from plait.testing.strategies import Program, programs
+from plait.testing.strategies import Program, formats, programs
 from plait.tree import Tree
 from plait.types import StopReason
 from plait.viewer import chrome_trace, describe_run, document, otlp, read_views
@@ -69,7 +69,7 @@ def record(**changes: Any) -> Record:
 
 
 @settings(max_examples=12)
-@given(programs())
+@given(programs() | programs(format=formats()))
 def test_critical_path_and_tokens_are_the_trees_own(program: Program) -> None:
     tree, events, _ = program.run()
     run = describe_run(events)
@@ -84,7 +84,7 @@ def test_critical_path_and_tokens_are_the_trees_own(program: Program) -> None:
 
 
 @settings(max_examples=12)
-@given(programs())
+@given(programs() | programs(format=formats()))
 def test_critical_segments_are_a_chain_from_the_root_to_the_last_step(program: Program) -> None:
     tree, _, _ = program.run()
     spans = tree.spans()
@@ -283,7 +283,7 @@ def slices(trace: dict[str, Any]) -> dict[tuple[int, int], list[tuple[int, int]]
 
 
 @settings(max_examples=12)
-@given(programs())
+@given(programs() | programs(format=formats()))
 def test_slices_of_a_chrome_track_nest_and_arrows_match(program: Program) -> None:
     _, events, _ = program.run(delay_s=0.01)
     trace = chrome_trace([describe_run(events)])
@@ -309,7 +309,7 @@ def test_slices_of_a_chrome_track_nest_and_arrows_match(program: Program) -> Non
 
 
 @settings(max_examples=12)
-@given(programs())
+@given(programs() | programs(format=formats()))
 def test_otlp_spans_form_a_tree_and_joins_are_links(program: Program) -> None:
     _, events, _ = program.run()
     tree = Tree.from_events(events)

@@ -8,14 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from plait import viewer
 from plait.events import Event, encode
-from plait.tree import Tree
+from plait.testing.strategies import Program, formats, programs
+from plait.types import context_cells
 from plait.viewer import describe_run, document
 from wide_runs import HOSTILE, wide_run
 
@@ -124,22 +128,27 @@ def test_keys_choose_fold_and_switch(shown: Callable[..., Any]) -> None:
     assert "Choose a token" in text(browser, ".inspector")
 
 
-def test_what_a_token_attends_to_is_what_its_context_holds(shown: Callable[..., Any]) -> None:
-    from selenium.webdriver.common.keys import Keys
+def test_what_a_token_attends_to_is_what_its_context_holds(browser: Any) -> None:
+    model = (files("plait.viewer") / "static" / "model.js").read_text()
+    seen = """
+    return arguments[0].map((about) => {
+      const run = new Run(about);
+      return [...run.segments.values()].map((s) => {
+        const counts = [...run.sees(s, s.forced.length - 1).values()];
+        return [s.id, counts.reduce((a, b) => a + b, 0)];
+      });
+    });
+    """
 
-    events = wide_run(20)
-    browser = shown(events)
-    tree = Tree.from_events(events)
-    last = [s for s in tree.segments.values() if s.thread == "0"][-1]
-    seen = sum(len(s.token_ids) for s in tree.segments.values())
-    # The root's last segment merged every thread, so its first inserted token sees all but what comes after it.
-    press(browser, Keys.ARROW_DOWN)
-    for _ in range(200):
-        press(browser, Keys.ARROW_RIGHT)
-        if f"segment{last.id}" in text(browser, ".inspector"):
-            break
-    expected = seen - len(last.token_ids) + 1
-    assert f"attends to {expected:,} of {seen:,} tokens" in text(browser, ".inspector")
+    @settings(max_examples=1, database=None)
+    @given(st.lists(programs(format=formats()) | programs(), min_size=20, max_size=20))
+    def check(drawn: list[Program]) -> None:
+        runs = [program.run()[:2] for program in drawn]
+        found = browser.execute_script(model + seen, [describe_run(events) for _, events in runs])
+        for (tree, _), counts in zip(runs, found, strict=True):
+            assert counts == [[s.id, context_cells(tree.context(s.id))] for s in tree.segments.values()]
+
+    check()
 
 
 def test_ten_thousand_segments_are_quick(shown: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from plait.bench import Record, read_records
 from plait.bench.metrics import wilson
 from plait.errors import LogError, TreeError
-from plait.events import Event, RunStarted, SegmentEnded, SegmentStarted, TokensSampled
+from plait.events import Event, RunStarted, SegmentEnded, SegmentStarted, ThreadsCut, TokensSampled
 from plait.log import read_log, split_runs
 from plait.terminal.reading import Reader, reader_of, seconds
 from plait.tree import Tree
@@ -190,10 +190,18 @@ def _segments(events: Sequence[Event], tree: Tree) -> list[dict[str, Any]]:
                 ended[event.id] = event.t
             case TokensSampled():
                 chunks.setdefault(event.id, []).append([len(event.token_ids), round(event.t, 6)])
+            case ThreadsCut():
+                for s in tree.segments.values():
+                    if s.stop is StopReason.CANCELLED and started.get(s.id, event.t) < event.t:
+                        ended[s.id] = min(ended.get(s.id, event.t), event.t)
             case _:
                 pass
     spans, positions = tree.spans(), tree.positions()
     end = seconds(events)
+    chunks = {s.id: _upto(chunks.get(s.id, []), len(s.sampled_ids)) for s in tree.segments.values()}
+    for id, own in chunks.items():
+        if own and id in ended:
+            ended[id] = max(ended[id], own[-1][1])
     return [
         {
             "id": s.id,
@@ -204,7 +212,7 @@ def _segments(events: Sequence[Event], tree: Tree) -> list[dict[str, Any]]:
             "forced": list(s.forced_ids),
             "sampled": list(s.sampled_ids),
             "logprobs": [round(p, 5) for p in s.logprobs],
-            "chunks": chunks.get(s.id, []),
+            "chunks": chunks[s.id],
             "t": [round(started[s.id], 6), round(ended.get(s.id, end), 6)],
             "steps": [spans[s.id].start, spans[s.id].end],
             "positions": [positions[s.id] - len(s.forced_ids) - len(s.sampled_ids), positions[s.id]],
@@ -214,6 +222,16 @@ def _segments(events: Sequence[Event], tree: Tree) -> list[dict[str, Any]]:
         }
         for s in tree.segments.values()
     ]
+
+
+def _upto(chunks: list[list[float]], num_tokens: int) -> list[list[float]]:
+    """The chunks of the tokens that stayed: a thread that lost a race is cut."""
+    out: list[list[float]] = []
+    for count, t in chunks:
+        if num_tokens > 0:
+            out.append([min(count, num_tokens), t])
+        num_tokens -= int(count)
+    return out
 
 
 def _pieces(tree: Tree, reader: Reader) -> dict[str, Any] | None:

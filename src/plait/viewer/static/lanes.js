@@ -71,10 +71,15 @@ class Lanes {
     this._rows[row].threads.push(thread);
     this._at.set(thread, row);
     if (this.folded.has(thread)) return row + 1;
-    let end = row + 1, next = row + 1, block = null;
+    let end = row + 1, next = row + 1, block = null, until = [];
     for (const child of thread.children) {
       const name = child.name.slice(0, child.name.lastIndexOf('.'));
-      if (this.packed && name !== block) next = row + 1;
+      if (this.packed) {
+        const extent = this.run.extent(child);
+        // Not where threads run beside their parent, so that blocks overlap.
+        if (name !== block && extent.every(([start], k) => start >= (until[k] ?? 0) - 1e-9)) next = row + 1;
+        until = extent.map(([, stop], k) => Math.max(stop, until[k] ?? 0));
+      }
       block = name;
       next = this._lay(child, next);
       end = Math.max(end, next);
@@ -303,13 +308,16 @@ class Lanes {
         this._curve(c, this.x(this.to(parent)), this._rowOf(parent), x, y, s.critical && parent.critical, true, s);
       }
     }
-    const last = segments[segments.length - 1], joiner = this.run.joiner(thread);
-    if (joiner && this._began(joiner)) {
-      const parent = this.run.segments.get(joiner.parent);
-      const from = this.x(this.to(last)), to = this.x(this.from(joiner));
-      const critical = last.critical && joiner.critical;
-      if (to - from > 2 * GAP + 2) this._wait(c, from, to - GAP, y, true);
-      this._curve(c, to, this._rowOf(parent), to, y, critical, false, last);
+    const last = segments[segments.length - 1], joiners = this.run.joiners(thread).filter((s) => this._began(s));
+    const from = this.x(this.to(last));
+    let until = from;
+    for (const joiner of joiners) {
+      const to = this.x(this.from(joiner));
+      this._curve(c, to, this._rowOf(joiner), to, y, last.critical && joiner.critical, false, last);
+      until = Math.max(until, to);
+    }
+    if (joiners.length) {
+      if (until - from > 2 * GAP + 2) this._wait(c, from, until - GAP, y, true);
     } else if (thread.up && last.stop !== null && !this.run.finished && this.clock !== null) {
       this._wait(c, this.x(this.to(last)), this.x(Math.min(this.clock, this.end())), y, true);
     }
@@ -319,9 +327,11 @@ class Lanes {
 
   // Whether a thread, from its fork to its join, is in view and wide enough for its lines.
   _near(thread) {
-    const segments = thread.segments, joiner = this.run.joiner(thread);
-    const from = this.x(this.from(segments[0])), to = this.x(joiner ? this.from(joiner) : this.to(segments[segments.length - 1]));
-    return to >= this.gutter - 20 && from <= this.width && (to - from > 5 || !joiner);
+    const segments = thread.segments, joiners = this.run.joiners(thread);
+    let to = this.x(this.to(segments[segments.length - 1]));
+    for (const s of joiners) to = Math.max(to, this.x(this.from(s)));
+    const from = this.x(this.from(segments[0]));
+    return to >= this.gutter - 20 && from <= this.width && (to - from > 5 || !joiners.length);
   }
 
   _rowOf(s) {
@@ -361,9 +371,10 @@ class Lanes {
       c.quadraticCurveTo(x0, y, x0 + r, y);
       if (x > x0 + 1) c.lineTo(x + r, y);
     } else {
+      const down = Math.sign(y - y0) * r;
       c.moveTo(x - r, y);
-      c.quadraticCurveTo(x, y, x, y - r);
-      c.lineTo(x, y0 + r);
+      c.quadraticCurveTo(x, y, x, y - down);
+      c.lineTo(x, y0 + down);
       c.quadraticCurveTo(x, y0, x + r, y0);
     }
     c.stroke();

@@ -23,7 +23,7 @@ class Segment {
     this.critical = about.critical || false;
     this.stop = about.stop || null;
     this.note = about.note || '';
-    this.joiner = null;
+    this.joiners = [];
     this._times = null;
   }
 
@@ -132,6 +132,16 @@ class Run {
         segment.t[1] = event.t;
         break;
       }
+      case 'ThreadsCut':
+        // Which tokens stay is the tree's to say, at the end of the run.
+        for (const segment of this.segments.values()) {
+          const cut = event.threads.some((name) => segment.thread === name || segment.thread.startsWith(`${name}/`));
+          if (cut && (segment.stop === null || segment.t[1] >= event.t)) {
+            segment.stop = 'cancelled';
+            segment.note = event.note || '';
+          }
+        }
+        break;
       case 'RunEnded':
         this.stop = event.stop;
         this.note = event.note || '';
@@ -143,7 +153,7 @@ class Run {
 
   _add(segment) {
     this.segments.set(segment.id, segment);
-    for (const id of segment.joins) this.segments.get(id).joiner = segment;
+    for (const id of segment.joins) this.segments.get(id).joiners.push(segment);
     const name = segment.thread;
     let thread = this.threads.get(name);
     if (!thread) {
@@ -199,22 +209,34 @@ class Run {
     return this._walk = out;
   }
 
-  // The segment that reads what a thread wrote; null where none does yet.
-  joiner(thread) { return thread.segments[thread.segments.length - 1].joiner; }
+  // The segments that read what a thread wrote: its parent's, and those of threads that need it.
+  joiners(thread) { return thread.segments[thread.segments.length - 1].joiners; }
+
+  // When a thread and all that it forked works, and until when its lane is taken: seconds and, where known, steps.
+  extent(thread) {
+    const own = thread.segments, known = this.derived ? 2 : 1, out = [];
+    for (let k = 0; k < known; k++) {
+      const at = (s) => (k ? s.steps : s.t);
+      let end = Math.max(at(own[own.length - 1])[1], ...this.joiners(thread).map((s) => at(s)[0]));
+      for (const child of thread.children) end = Math.max(end, this.extent(child)[k][1]);
+      out.push([at(own[0])[0], end]);
+    }
+    return out;
+  }
 
   // What the token at `i` of a segment attends to: segment -> how many of its tokens. As `Tree.context` says.
   sees(segment, i) {
-    const seen = new Map();
-    const read = (from, stop) => {
-      let at = from, keep = null;
-      while (at && at.id !== stop && !seen.has(at)) {
-        seen.set(at, keep === null ? at.length : Math.min(keep, at.length));
-        if (at.join === 'merge') for (const id of at.joins) read(this.segments.get(id), at.parent);
-        keep = at.keep;
-        at = at.parent === null ? null : this.segments.get(at.parent);
+    const read = (last, stop) => {
+      const path = [], parts = [];
+      for (let at = last; at && at.id !== stop; at = at.parent === null ? null : this.segments.get(at.parent)) path.push(at);
+      for (const s of path.reverse()) {
+        if (s.keep !== null) keepFirst(parts, s.keep);
+        if (s.join === 'merge') for (const id of s.joins) parts.push(...read(this.segments.get(id), s.parent));
+        parts.push([s, s.length]);
       }
+      return parts;
     };
-    read(segment, null);
+    const seen = new Map(read(segment, null));
     seen.set(segment, i + 1);
     return seen;
   }
@@ -246,6 +268,16 @@ class Run {
     for (const s of this.segments.values()) total += Math.max(0, this.shown(s, clock) - s.forced.length);
     return total;
   }
+}
+
+// Leaves the first `keep` tokens of what is in `parts`.
+function keepFirst(parts, keep) {
+  let left = keep;
+  for (const part of parts) {
+    part[1] = Math.min(part[1], left);
+    left -= part[1];
+  }
+  while (parts.length && !parts[parts.length - 1][1]) parts.pop();
 }
 
 // Order of thread names: numbers as numbers, parents first.
