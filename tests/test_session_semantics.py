@@ -20,6 +20,21 @@
     Where threads are merged they lie side by side: half of what is left for each, half for what follows.
 15. At the deadline calls are cancelled, threads are closed and joined as in 9, and nothing more is sampled.
 16. Gold traces are what the runtime produces: replaying a rendered tree gives that tree.
+
+What the formats beyond flat concat and merge add is held in `test_plait_format.py` and, on random programs,
+in `test_joins.py`:
+
+17. A thread that starts from a message sees nothing else; where a message takes a block's place, what was before the
+    block stays. Messages that do not fit the parent's context are read as if the thread had written nothing, the
+    longest first; the segment's note counts them.
+18. A thread that needs others starts when all of them have ended, and reads them. Threads that wait for each other, or
+    wait in a race, or wait without seeing their parent: the block is MALFORMED.
+19. A race is won by the success with the smallest clock (sampled tokens on the longest dependent chain), of equals by
+    the first outline. Every other thread and all that it forked are cut there as CANCELLED.
+20. A thread that was cut gives nothing of its share back; tokens sampled past a cut are counted and within the budget.
+21. A thread forked without waiting runs beside its parent, which reads it where it asks; asking for one that does not
+    run is MALFORMED. One that nobody asked for is cut where its parent ends.
+22. A format's own caps decline a block with BUDGET, like the request's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 import pytest
+from hypothesis import given, settings
 
 from plait.errors import TreeError
+from plait.testing.strategies import formats, programs
 from plait.train.trie import dense_mask, flatten
 from plait.tree import Segment, Tree
 from random_trees import expand, random_tree
@@ -18,7 +20,16 @@ def sampled(id: str, parent: str | None = None, *, forced: tuple[int, ...] = (),
 
 @pytest.mark.parametrize(("seed", "joins"), SEEDS)
 def test_every_token_sees_what_its_engine_call_was_given(seed, joins):
-    tree = random_tree(seed, joins=joins)
+    sees_what_it_was_given(random_tree(seed, joins=joins))
+
+
+@settings(max_examples=15)
+@given(program=programs(format=formats()))
+def test_so_it_is_in_the_trees_of_runs(program):
+    sees_what_it_was_given(program.run()[0])
+
+
+def sees_what_it_was_given(tree):
     batch = flatten(tree)
     mask = dense_mask(batch.end, batch.hide_lo, batch.hide_hi)
     at = 0
