@@ -96,7 +96,7 @@ def main() -> None:
 
 _MODEL = click.option("--model", metavar="NAME|PATH", help="Embedded model, or a GGUF of `plait train`.")
 _ENGINE = click.option(
-    "--engine", metavar="NAME|URL", help="llamacpp; http://HOST:PORT; or scripted: gold traces, no model."
+    "--engine", metavar="NAME|URL", help="llamacpp; torch; http://HOST:PORT; or scripted: gold traces, no model."
 )
 _TWIN = click.option("--twin", metavar="NAME|PATH", help="The twin, where it is not the model's own.")
 _KNOBS = click.option(

@@ -687,7 +687,7 @@ def _refuse_misfits(request: Request, engine: Engine, format: TrajectoryFormat) 
     if format.join_kind == "merge" and not engine.supports_merge:
         raise UnsupportedJoin(
             f"the {format.name} format joins threads by merging their keys and values; the {engine.name} engine takes"
-            " plain token sequences only. Use an engine with supports_merge (llamacpp, scripted), or a model and"
+            " plain token sequences only. Use an engine with supports_merge (llamacpp, torch, scripted), or a model and"
             " format with a concat join"
         )
     length = len(request.prompt_ids)

@@ -224,7 +224,7 @@ def evaluate_gguf(
 
 def engine_options(engine: str, concurrency: int) -> dict[str, Any]:
     """Room for so many problems at once."""
-    if engine != "llamacpp":
+    if engine not in ("llamacpp", "torch"):
         return {}
     return {"cells": max(4096, 1024 * concurrency), "max_seqs": min(256, max(32, 8 * concurrency))}
 

@@ -82,7 +82,7 @@ def formats(*, as_json: bool = False) -> int:
     for row in rows:
         doc = (format_class(row["name"]).__doc__ or "").strip().split("\n")[0]
         print(f"{row['name']:13} {row['join']:7} {row['paper']:17} {doc}")
-    print("\nA merge join needs an engine that merges keys and values: llamacpp, scripted. The others take any engine.")
+    print("\nA merge join needs an engine that merges: llamacpp, torch, scripted. The others take any engine.")
     print("Every tag must be one control token of the vocabulary: `plait formats --json` lists them.")
     return 0
 

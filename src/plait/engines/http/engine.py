@@ -296,7 +296,7 @@ class HttpEngine:
         if any(True for _ in context_merges(context)):
             raise UnsupportedJoin(
                 f"{self.name} servers take plain token sequences; a context with a merge needs an engine that holds "
-                "the keys and values itself (llamacpp, scripted)"
+                "the keys and values itself (llamacpp, torch, scripted)"
             )
         ids = tuple(id for part in context if not isinstance(part, Merge) for id in part)
         if not ids:
