@@ -71,7 +71,7 @@ def same(ours: Path, theirs: Path) -> bool:
 
 
 def test_reward_goes_up_on_a_bandit_that_is_to_copy_its_prompt(tmp_path: Path) -> None:
-    init = toy_rl.sft(tmp_path / "sft", toy_rl.guess, steps=120, rows=4)
+    init = toy_rl.sft(tmp_path / "sft", toy_rl.guess, steps=120, bucket=(6, 16))
     more = config(
         init=str(init), schedule={"steps": 12}, rollout={"prompts": 16, "group_size": 8, "concurrency": 16}, model=None
     )
@@ -84,7 +84,7 @@ def test_reward_goes_up_on_a_bandit_that_is_to_copy_its_prompt(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def either(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_rl.sft(tmp_path_factory.mktemp("sft"), toy_rl.either, steps=150, rows=8)
+    return toy_rl.sft(tmp_path_factory.mktemp("sft"), toy_rl.either, steps=150, bucket=(8, 64))
 
 
 @pytest.mark.parametrize("mode", ["sync", "one_step_off"])

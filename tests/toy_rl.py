@@ -67,7 +67,7 @@ def finishes(family: str, rng: random.Random, split: str) -> Prompt:
     )
 
 
-def sft(out: Path, source: object, *, steps: int, rows: int) -> Path:
+def sft(out: Path, source: object, *, steps: int, bucket: tuple[int, int]) -> Path:
     """A checkpoint that writes what the source writes."""
     from plait.train.sft import config_from, train
 
@@ -77,7 +77,7 @@ def sft(out: Path, source: object, *, steps: int, rows: int) -> Path:
             "precision": "fp32",
             "compile": False,
             "model": MODEL,
-            "data": {"format": "multiverse", "mixture": {"toy": 1}, "buckets": [[rows, 64]]},
+            "data": {"format": "multiverse", "mixture": {"toy": 1}, "buckets": [bucket]},
             "schedule": {"steps": steps, "warmup_steps": 3},
             "optimiser": {"lr": 0.02},
             "eval": {"times": 0},
