@@ -49,7 +49,7 @@ HEAVY = {
     "click": ("commands", "cli.py"),
     "hypothesis": ("testing/strategies.py",),
     "selenium": (),
-    "httpx2": ("engines/http/client.py", "bench/load.py"),
+    "httpx2": ("engines/http/client.py", "bench/load.py", "server/spans.py"),
     # An engine that is woken from its own thread has to ask the running loop how.
     "trio": ("testing/clock.py", "engines/llamacpp/engine.py"),
 }

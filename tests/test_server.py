@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any, ClassVar
 
 import anyio
 import httpx2
@@ -581,6 +582,47 @@ def test_metrics_count_what_happened_and_say_nothing_of_prompts(server: Running)
     assert "What is" not in text
     for name in ("plait:requests_total", "plait:critical_path_tokens_bucket", "plait:time_to_first_token_seconds_sum"):
         assert name in text
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Takes spans."""
+
+    bodies: ClassVar[list[Any]] = []
+
+    def do_POST(self) -> None:
+        self.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_runs_are_sent_as_spans_under_the_callers() -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.handle_request)
+        thread.start()
+        with serving(gold(), otlp_endpoint=f"http://127.0.0.1:{collector.server_port}/v1/traces") as server:
+            server.post("/v1/chat/completions", ask(), headers={"traceparent": f"00-{trace}-{parent}-01"})
+            thread.join(10)
+            until(lambda: server.metric("plait:span_exports_total") == 1)
+    (body,) = Collector.bodies
+    spans = body["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    assert {span["traceId"] for span in spans} == {trace}
+    names = [span["name"] for span in spans]
+    assert [span["name"] for span in spans if span["parentSpanId"] == parent] == ["plait.run"]
+    assert sum(name.startswith("thread ") for name in names) == 4
+    (joining,) = (span for span in spans if span.get("links"))
+    joined = {span["spanId"]: span["name"] for span in spans}
+    assert [joined[link["spanId"]] for link in joining["links"]] == [f"segment 0/0.{i}:0" for i in range(3)]
+    assert not any(text in json.dumps(body) for text in (QUESTION, "347*", "Outline"))
+
+
+def test_a_collector_that_is_not_there_is_in_nobodys_way() -> None:
+    with serving(gold(), otlp_endpoint="http://127.0.0.1:1/v1/traces") as server:
+        assert server.post("/v1/chat/completions", ask()).status_code == 200
+        until(lambda: server.metric("plait:span_exports_total") == 1)
 
 
 # The embedded model -------------------------------------------------------------------------------------------------

@@ -55,9 +55,7 @@ class _Chat:
     async def work(self, out: Out | None) -> dict[str, Any] | None:
         parts: dict[str, list[str]] = {"reasoning": [], "content": []}
         asked = self.asked
-        async with asked.service.job(
-            self.served, self.request, client=asked.client, started=asked.started, trace=self.trace
-        ) as job:
+        async with asked.service.job(self.served, self.request, asked=asked, trace=self.trace) as job:
             if out is not None:
                 await self._send(out, {"role": "assistant", "content": ""})
             transcript, order = Transcript(self.served.model.tokenizer, self.served.format), Ordered()

@@ -85,9 +85,7 @@ class _Completions:
         question = prompt if isinstance(prompt, str) else self.served.model.tokenizer.decode(prompt)
         trace = asked.trace(self.served, question, self.body.plait)
         parts: list[str] = []
-        async with asked.service.job(
-            self.served, self.requests[index], client=asked.client, started=asked.started, trace=trace
-        ) as job:
+        async with asked.service.job(self.served, self.requests[index], asked=asked, trace=trace) as job:
             transcript, order = Transcript(self.served.model.tokenizer, self.served.format), Ordered()
             stop = Cut(stops_of(self.body.stop))
             async for event in job:

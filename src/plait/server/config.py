@@ -64,6 +64,8 @@ class ServeConfig:
     """A stream that says nothing for so long says a comment."""
     keep_runs: int = 64
     """Runs that were asked to be traced and can still be looked at."""
+    otlp_endpoint: str | None = None
+    """Where runs are sent as spans: `http://localhost:4318/v1/traces`."""
     drain_s: float = 30.0
     """After SIGTERM, for requests that run."""
     temperature: float = 0.0
@@ -86,6 +88,8 @@ class ServeConfig:
         for name, allowed in (("log", LOGS), ("reasoning", REASONING)):
             if getattr(self, name) not in allowed:
                 raise nearest(getattr(self, name), list(allowed), name)
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise RequestError(f"otlp_endpoint is {self.otlp_endpoint!r}; it must begin with http:// or https://")
         if self.max_threads > 255:
             raise RequestError(f"max_threads is {self.max_threads}; one engine holds at most 255 threads")
 

@@ -50,6 +50,7 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens sampled")
         self.reread_tokens = counter("reread_tokens", "Tokens that parents read again at joins")
         self.engine_requests = counter("engine_requests", "Engine calls by how they ended", "engine", "code")
+        self.spans = counter("span_exports", "Runs offered to the span collector, by outcome", "outcome")
         self.disconnects = counter("client_disconnects", "Requests that were left by their client")
         self.critical_path = histogram("critical_path_tokens", "Sampled tokens on the longest chain", _TOKENS)
         self.acceleration = histogram("acceleration_ratio", "1 - L/T of each run", _RATIOS)

@@ -47,6 +47,7 @@ async def asked(request: HttpRequest) -> Asked:
         client=state["client"],
         request_id=state["request_id"],
         started=state["started"],
+        traceparent=request.headers.get("traceparent"),
     )
 
 

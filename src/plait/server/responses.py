@@ -84,9 +84,7 @@ class _Response:
     async def work(self, out: Out | None) -> dict[str, Any] | None:
         asked = self.asked
         try:
-            async with asked.service.job(
-                self.served, self.request, client=asked.client, started=asked.started, trace=self.trace
-            ) as job:
+            async with asked.service.job(self.served, self.request, asked=asked, trace=self.trace) as job:
                 await self._send(out, "response.created", response=self._data(None))
                 await self._send(out, "response.in_progress", response=self._data(None))
                 transcript = Transcript(self.served.model.tokenizer, self.served.format)

@@ -44,7 +44,7 @@ async def start_run(body: RunRequest, asked: Annotated[Asked, Depends(asked)]) -
     async def work(out: Out | None) -> None:
         assert out is not None
         number = 0
-        async with asked.service.job(served, request, client=asked.client, started=asked.started, trace=trace) as job:
+        async with asked.service.job(served, request, asked=asked, trace=trace) as job:
             async for _ in job:
                 number = await _tell(out, trace, number)
         await _tell(out, trace, number)

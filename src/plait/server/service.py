@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -33,6 +33,9 @@ from plait.session import Run, open_run
 from plait.terminal.reading import describe
 from plait.tree import Tree
 from plait.types import Request, StopReason
+
+if TYPE_CHECKING:
+    from plait.server.spans import Spans
 
 FINISH = {StopReason.EOS: "stop", StopReason.STOP: "stop", StopReason.LENGTH: "length", StopReason.BUDGET: "length"}
 """OpenAI's words for how a run ended; everything else is `stop`, and the `plait` block says more."""
@@ -104,6 +107,7 @@ class Service:
         )
         self.metrics = Metrics(self.admission, self._stats)
         self.traces = Traces(config.keep_runs)
+        self.spans = _spans(config, self.metrics)
         self.ready = False
         self.stopping = anyio.Event()
         """Set when the time to drain is over: what still runs is ended."""
@@ -128,6 +132,8 @@ class Service:
                         f"{one.name} joins threads by merging their keys and values; the {one.engine_label} engine"
                         " takes plain token sequences only"
                     )
+            if self.spans is not None:
+                await stack.enter_async_context(self.spans.sending())
             self.ready = True
             try:
                 yield
@@ -151,12 +157,12 @@ class Service:
 
     @asynccontextmanager
     async def job(
-        self, served: Served, request: Request, *, client: Client, started: float, trace: Trace | None = None
+        self, served: Served, request: Request, *, asked: Asked, trace: Trace | None = None
     ) -> AsyncGenerator[Job, None]:
         """Run a request; leaving the block ends it and frees its threads.
 
         Args:
-            started: When the request arrived, by `time.perf_counter`.
+            asked: By whom.
             trace: Where its events are kept.
 
         Raises:
@@ -166,9 +172,9 @@ class Service:
         if served.engine is None:
             raise EngineUnavailable("the server is not ready")
         try:
-            with self.admission.admitted(client) as lease:
+            with self.admission.admitted(asked.client) as lease:
                 lane = Lane(served.engine, self.admission, lease)
-                async with _opened_job(self, served, lane, lease, request, started, trace) as job:
+                async with _opened_job(asked, served, lane, lease, request, trace) as job:
                     yield job
         except Refusal as exc:
             self.metrics.rejections.labels(exc.code).inc()
@@ -177,15 +183,15 @@ class Service:
 
 @asynccontextmanager
 async def _opened_job(
-    service: Service, served: Served, lane: Lane, lease: Lease, request: Request, started: float, trace: Trace | None
+    asked: Asked, served: Served, lane: Lane, lease: Lease, request: Request, trace: Trace | None
 ) -> AsyncGenerator[Job, None]:
     forks = served.model.join != "none"
     if forks and not lease.may_fork:
         # A fork id is then not sampled at all: the model goes on in one line.
         request = replace(request, budget=replace(request.budget, max_threads=0))
-        service.metrics.declined.inc()
-    meta = {} if trace is None else _meta(served, request, trace)
-    job = Job(service, served, lease, started, trace, declined=forks and not lease.may_fork)
+        asked.service.metrics.declined.inc()
+    meta = {"model": served.model.id} if trace is None else _meta(served, request, trace)
+    job = Job(asked, served, lease, trace, declined=forks and not lease.may_fork)
     failure: BaseException | None = None
     try:
         async with open_run(request, engine=lane, format=served.format, meta=meta) as job.run:
@@ -202,20 +208,13 @@ class Job:
 
     run: Run
 
-    def __init__(
-        self,
-        service: Service,
-        served: Served,
-        lease: Lease,
-        started: float,
-        trace: Trace | None,
-        *,
-        declined: bool,
-    ) -> None:
+    def __init__(self, asked: Asked, served: Served, lease: Lease, trace: Trace | None, *, declined: bool) -> None:
         self.served = served
-        self._service, self._lease, self._trace, self._started = service, lease, trace, started
+        self._asked, self._service, self._lease, self._trace = asked, asked.service, lease, trace
+        self._events: list[Event] | None = None if asked.service.spans is None else []
+        self._epoch = time.time()
         self._declined = declined
-        self._waits = JoinWaits(service.metrics)
+        self._waits = JoinWaits(asked.service.metrics)
         self._sampled = False
         self.wall_s = 0.0
 
@@ -234,20 +233,24 @@ class Job:
     def _take(self, event: Event) -> None:
         if self._trace is not None:
             self._trace.write(event)
+        if self._events is not None:
+            self._events.append(event)
         if not self._sampled and isinstance(event, TokensSampled):
             self._sampled = True
-            self._service.metrics.first_token.observe(time.perf_counter() - self._started)
+            self._service.metrics.first_token.observe(time.perf_counter() - self._asked.started)
         self._waits.read(event)
 
     def end(self, failure: BaseException | None) -> None:
         """Count it, and close its trace."""
-        self.wall_s = time.perf_counter() - self._started
+        self.wall_s = time.perf_counter() - self._asked.started
         metrics = self._service.metrics
         if hasattr(self, "run"):
             for event in self.run.pending():
                 self._take(event)
             metrics.observe(self.tree, engine=self.served.engine_label)
             metrics.latency.observe(self.wall_s)
+            if self._service.spans is not None and self._events:
+                self._service.spans.offer(self._events, epoch=self._epoch, parent=self._asked.traceparent)
         if self._trace is None:
             return
         if isinstance(failure, Exception):
@@ -310,6 +313,9 @@ class Asked:
     client: Client
     request_id: str
     started: float
+    """By `time.perf_counter`."""
+    traceparent: str | None = None
+    """The caller's span, as W3C's header says it."""
 
     def request(
         self,
@@ -392,6 +398,14 @@ def _meta(served: Served, request: Request, trace: Trace) -> dict[str, Any]:
         "temperature": request.temperature,
         "tokenizer": describe(model.tokenizer),
     }
+
+
+def _spans(config: ServeConfig, metrics: Metrics) -> Spans | None:
+    if config.otlp_endpoint is None:
+        return None
+    from plait.server.spans import Spans
+
+    return Spans(config.otlp_endpoint, metrics)
 
 
 def _engine_options(engine: str, config: ServeConfig) -> dict[str, Any]:
