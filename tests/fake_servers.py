@@ -7,7 +7,7 @@ the real ones check, and have the traps of the real ones. `Fault`s happen to the
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -67,6 +67,8 @@ class FakeServer:
     loading: int = 0
     """GETs that are answered with 503 first."""
     faults: list[Fault] = field(default_factory=list)
+    trap: Callable[[dict[str, Any]], Fault | None] = lambda body: None
+    """What goes wrong with a POST of this body, where no other fault waits."""
     seen: list[Seen] = field(default_factory=list)
     running: int = 0
     aborted: int = 0
@@ -176,7 +178,7 @@ class FakeServer:
             await wire.page(404 if page is None else 200, page or {"detail": "Not Found"})
             return True
         self.seen.append(Seen(path, body, headers))
-        fault = self.faults.pop(0) if self.faults else None
+        fault = self.faults.pop(0) if self.faults else self.trap(body)
         return await self._completion(wire, path, body, fault)
 
     async def _get(self, wire: _Wire, path: str) -> None:

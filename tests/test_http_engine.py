@@ -33,9 +33,9 @@ from plait.errors import (
     RequestError,
     UnsupportedJoin,
 )
-from plait.session import run
+from plait.session import open_run, run
 from plait.testing.conformance import check_engine
-from plait.testing.strategies import CLOSE, EOS, FORK, ToyFormat
+from plait.testing.strategies import CLOSE, EOS, FORK, HEADER, TEXT, ToyFormat
 from plait.types import Budget, Request, SamplingParams, StopReason
 
 pytestmark = pytest.mark.anyio
@@ -335,13 +335,35 @@ async def test_leaving_a_call_ends_it_on_the_server(dialect: str) -> None:
         assert (await call(engine))[1] is StopReason.LENGTH
 
 
-async def test_a_failed_branch_ends_its_siblings_on_the_server() -> None:
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("garbage", EngineProtocolError),
+        ("cut", EngineError),
+        ("error", EngineError),
+        ("abort", EngineError),
+        ("stall", EngineTimeout),
+    ],
+)
+async def test_a_fault_in_the_middle_of_a_fork_ends_the_siblings_and_joins_nothing(
+    kind: Any, error: type[EngineError]
+) -> None:
     server = FakeVllm(token_s=0.002, weights={FORK: 8.0, CLOSE: 0.001, EOS: 0.001}, max_context=4096)
-    request = Request(prompt_ids=PROMPT, budget=Budget(max_threads=4, max_tokens=400, max_depth=1))
-    async with opened(server) as engine:
-        server.faults += [Fault(kind="stall", after=10**6)] * 3 + [Fault(kind="garbage", after=5)]
-        with pytest.raises(EngineProtocolError, match="not JSON"):
-            await run(request, engine=engine, format=ToyFormat(nested=False))
+    # After this prompt the model forks four branches at once.
+    request = Request(prompt_ids=tuple(range(12, 32)), budget=Budget(max_threads=4, max_tokens=400, max_depth=1))
+    async with opened(server, timeouts=Timeouts(next_token_s=0.5)) as engine:
+        fault = Fault(kind=kind, after=5, seconds=30)
+        server.trap = lambda body: fault if body.get("token_ids", [])[-2:] == [HEADER, TEXT + 1] else None
+        async with AsyncExitStack() as stack:
+            stack.enter_context(pytest.raises(error))
+            run = await stack.enter_async_context(open_run(request, engine=engine, format=ToyFormat(nested=False)))
+            async for _ in run:
+                pass
+        tree = run.tree
+        branches = [s for s in tree.segments.values() if s.thread != "0"]
+        assert len(branches) == 4
+        assert not any(s.joins for s in tree.segments.values())
+        assert tree.segments["0:0"].stop is StopReason.STOP
         await eventually(lambda: not server.running)
         assert engine.stats().active == 0
 
