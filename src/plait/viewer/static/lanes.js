@@ -305,7 +305,9 @@ class Lanes {
       if (parent && parent.thread === s.thread && s.joins.length) {
         this._wait(c, this.x(this.to(parent)), x, y);
       } else if (parent && parent.thread !== s.thread) {
-        this._curve(c, this.x(this.to(parent)), this._rowOf(parent), x, y, s.critical && parent.critical, true, s);
+        const forked = this.x(this.to(parent));
+        this._curve(c, forked, this._rowOf(parent), x, y, follows(parent, s), true, s);
+        if (x > forked + 3 * GAP) this._wait(c, forked, x, y);
       }
     }
     const last = segments[segments.length - 1], joiners = this.run.joiners(thread).filter((s) => this._began(s));
@@ -313,7 +315,7 @@ class Lanes {
     let until = from;
     for (const joiner of joiners) {
       const to = this.x(this.from(joiner));
-      this._curve(c, to, this._rowOf(joiner), to, y, last.critical && joiner.critical, false, last);
+      this._curve(c, to, this._rowOf(joiner), to, y, follows(last, joiner), false, last);
       until = Math.max(until, to);
     }
     if (joiners.length) {
@@ -369,7 +371,7 @@ class Lanes {
       c.quadraticCurveTo(x0, y0, x0, y0 + r);
       c.lineTo(x0, y - r);
       c.quadraticCurveTo(x0, y, x0 + r, y);
-      if (x > x0 + 1) c.lineTo(x + r, y);
+      if (x > x0 + 1 && x <= x0 + 3 * GAP) c.lineTo(x + r, y);
     } else {
       const down = Math.sign(y - y0) * r;
       c.moveTo(x - r, y);
@@ -431,7 +433,13 @@ class Lanes {
       if (h >= 9 && to - from > 14) this._words(c, s, from, to, y, h);
       c.restore();
     }
-    if (BROKEN.has(s.stop) && h >= 8) this._broken(c, s, to + 3, y + h / 2);
+    if (BROKEN.has(s.stop) && h >= 8) {
+      if (s === this.run.threads.get(s.thread).segments.at(-1)) this._broken(c, s, to + 3, y + h / 2);
+      else if (to - from > 4) {
+        c.fillStyle = palette.bad;
+        c.fillRect(from + 3, y + h - 1, to - from - 6, 2);
+      }
+    }
     c.globalAlpha = 1;
   }
 
@@ -465,7 +473,7 @@ class Lanes {
     const middle = y + h / 2 + 0.5;
     c.fillStyle = s.critical ? palette['on-accent'] : palette['on-thread'];
     const wide = this.axis === 'time' && s.sampled.length < 2 ? 0 : (this.x(this.to(s)) - this.x(this.from(s))) / s.length;
-    if (wide > this.em * 1.6 && this.axis !== 'time' || wide > this.em * 3) return this._tokens(c, s, from, to, y, h);
+    if (wide > this.em * (this._letters(s) + 0.5)) return this._tokens(c, s, from, to, y, h);
     let start = from + 6;
     if (this.axis === 'time' && s.sampled.length) start = Math.max(start, this.x(this.place(s, s.forced.length)[0]) + 4);
     if (this.axis === 'positions') start = Math.max(start, this.x(s.positions[0] + s.forced.length) + 4);
@@ -481,6 +489,14 @@ class Lanes {
     c.fillText(cut(text.trim().replace(/\s+/g, ' '), most), start, middle);
   }
 
+  // Letters of a typical longer token: one a cell is read where these fit.
+  _letters(s) {
+    if (this.axis === 'time' && s.sampled.length < 2) return Infinity;
+    let sum = 0, n = 0;
+    for (const id of s.sampled.slice(0, 60)) if (!this.run.control(id)) { sum += this.run.text(id).trim().length; n++; }
+    return Math.max(1.1, 1.25 * sum / Math.max(1, n));
+  }
+
   _tokens(c, s, from, to, y, h) {
     const first = this.axis === 'positions' ? 0 : s.forced.length, shown = this.run.shown(s, this.clock);
     const middle = y + h / 2 + 0.5;
@@ -493,7 +509,7 @@ class Lanes {
       if (on) { c.fillStyle = palette.bg; c.fillRect(xa, y, xb - xa, h); }
       c.fillStyle = on ? palette.text : s.inserted(i) ? palette.dim : s.critical ? palette['on-accent'] : palette['on-thread'];
       const text = this.run.control(s.token(i)) ? '\u25c7' : this.run.text(s.token(i)).replace(/\n/g, '\u21b5');
-      c.fillText(cut(text, (xb - xa) / this.em), (xa + xb) / 2, middle);
+      c.fillText(cut(this.run.spelled ? text : text.trim(), (xb - xa) / this.em), (xa + xb) / 2, middle);
     }
     c.textAlign = 'left';
   }
@@ -696,7 +712,12 @@ class Lanes {
 
 function cut(text, most) {
   const n = Math.floor(most);
-  return text.length <= n ? text : n < 2 ? text.slice(0, Math.max(0, n)) : `${text.slice(0, n - 1)}\u2026`;
+  return text.length <= n ? text : n < 1 ? '' : n < 2 ? '\u00b7' : `${text.slice(0, n - 1)}\u2026`;
+}
+
+// Whether the critical path goes from one segment straight to another.
+function follows(before, after) {
+  return before.critical && after.critical && before.steps[1] === after.steps[0];
 }
 
 function descendants(thread) {

@@ -87,6 +87,9 @@ class Run {
     this._control = new Set(pieces ? pieces.control : []);
   }
 
+  // Whether ids have texts; else they are shown as they are.
+  get spelled() { return this._texts !== null; }
+
   text(id) {
     if (!this._texts) return `${id} `;
     return this._texts[id] ?? `<${id}?>`;
