@@ -98,7 +98,9 @@ def _model(service: Service, one: Served) -> dict[str, Any]:
     return {"id": one.name, "object": "model", "created": 0, "owned_by": "plait", "plait": about}
 
 
-async def _plait_error(_: Request, exc: Exception) -> Response:
+async def _plait_error(request: Request, exc: Exception) -> Response:
+    # For the log.
+    request.scope["state"]["failure"] = exc
     return JSONResponse(body_of(exc), status_code=status_of(exc), headers=getattr(exc, "headers", None))
 
 

@@ -16,6 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from plait.errors import PlaitError
 from plait.server.refusal import Refusal, body_of
 from plait.server.schemas import ErrorBody
 from plait.server.service import Asked, Service
@@ -147,6 +148,9 @@ class Reply(Response):
                     body = await self._work(out if self._stream else None)
                     if self._stream and self._last is not None:
                         await out.data(self._last)
+            except PlaitError as exc:
+                # First: an engine's timeout is a TimeoutError too.
+                failure = exc
             except TimeoutError:
                 failure = Refusal("the client did not read the response in time", status=408, code="timeout")
             except OSError:
