@@ -339,6 +339,13 @@ def test_exports_hold_no_text_of_the_run(log: Path) -> None:
 # The command ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["view", "eval"])
+def test_help_fits_a_screen(command: str) -> None:
+    lines = CliRunner().invoke(main, [command, "--help"], prog_name="plait", terminal_width=80).stdout.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+
+
 def test_view_writes_files_and_names_them(log: Path, tmp_path: Path) -> None:
     page, trace = tmp_path / "run.html", tmp_path / "trace.json"
     assert plait("view", str(log), "--html", str(page)).stdout == f"{page}\n"
