@@ -167,8 +167,8 @@ def test_ten_thousand_segments_are_quick(shown: Callable[..., Any]) -> None:
     took = browser.execute_script(interact)
     print(f"first paint after {ready:.0f} ms; a key takes {took[5]:.0f} ms, at most {took[-1]:.0f} ms")
     # Goals are 1000 and 50 ms on a free machine; the bounds leave room for a busy one.
-    assert ready < 5000
-    assert took[5] < 250
+    assert ready < 8000
+    assert took[5] < 400
     assert browser.execute_script("return document.querySelectorAll('*').length") < 20_000
 
 
