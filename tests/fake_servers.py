@@ -61,6 +61,8 @@ class FakeServer:
     api_key: str | None = None
     vocab_size: int = VOCAB
     weights: dict[int, float] = field(default_factory=dict)
+    chunk_size: int = 1
+    """Tokens of one event, as with speculative decoding."""
     script: Any = None
     """What the scripted engine says, in place of a pseudo-random model."""
     heeds_bans: bool = True
@@ -122,6 +124,7 @@ class FakeServer:
             script=self.script,
             max_context=self.max_context,
             delay_s=self.token_s,
+            chunk_size=self.chunk_size,
         )
 
     def keep(self, ids: Sequence[int]) -> None:

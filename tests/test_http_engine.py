@@ -24,6 +24,7 @@ from fake_servers import (
 )
 from plait.engines.http import HttpEngine, Timeouts, affinity
 from plait.engines.http.engine import base_urls, read_metrics
+from plait.engines.http.placement import Placement
 from plait.errors import (
     ContextLengthError,
     EngineError,
@@ -114,7 +115,8 @@ async def test_every_dialect_obeys_every_clause(dialect: str) -> None:
     server = make(own_eos=None if dialect == "completions" else 7, max_context=200)
     async with server.serve():
         engine = HttpEngine(server.url, timeouts=QUICK, max_context=200)
-        checked = await check_engine(lambda: engine, vocab_size=VOCAB, tolerance=1e-6)
+        # The fake model finds all tokens alike: with any tolerance, whatever comes back would be a tie.
+        checked = await check_engine(lambda: engine, vocab_size=VOCAB, tolerance=0)
         assert checked == [*(f"C{i}" for i in range(1, 10)), "M0", "C10"]
         assert (engine.servers[0].kind, engine.servers[0].route, engine.max_context) == (kind, route, 200)
 
@@ -131,6 +133,18 @@ async def test_a_server_ends_a_call_itself_or_its_stream_is_closed(dialect: str)
         assert await call(engine, max_tokens=300, stop_ids=(stop,)) == (cut, StopReason.STOP)
         await eventually(lambda: not server.running)
         assert server.aborted == (1 if dialect == "completions" else 0)
+
+
+@only_on_asyncio
+async def test_several_tokens_in_one_event_are_cut_at_the_stop_and_at_the_limit() -> None:
+    said = await said_by_the_model(max_tokens=20)
+    stop = said[4]
+    async with opened(FakeCompletions(chunk_size=7)) as engine:
+        cut = said[: said.index(stop) + 1]
+        assert await call(engine, max_tokens=20, stop_ids=(stop,)) == (cut, StopReason.STOP)
+        assert await call(engine, max_tokens=10) == (said[:10], StopReason.LENGTH)
+    async with opened(FakeSglang(chunk_size=3)) as engine:
+        assert (await call(engine, max_tokens=20))[0] == said
 
 
 @only_on_asyncio
@@ -277,6 +291,19 @@ async def test_a_failed_prefill_lets_those_who_waited_go_on() -> None:
             for k in range(3):
                 calls.start_soon(one, engine, k)
     assert sorted(map(str, outcomes)) == sorted(map(str, [EngineProtocolError, StopReason.LENGTH, StopReason.LENGTH]))
+
+
+@only_on_asyncio
+async def test_a_call_that_never_began_is_no_relative() -> None:
+    placement = Placement(2)
+    first = placement.enter((1, 2, 3))
+    placement.leave(first, (1, 2, 3))
+    second = placement.enter((1, 2, 3))
+    assert second.key != first.key
+    placement.begin(second)
+    placement.leave(second, (1, 2, 3, 4))
+    assert [placement.enter(ids).key == second.key for ids in ((1, 2, 3, 4, 9), (1, 2, 3), (1, 2, 9))] == [1, 1, 0]
+    assert placement.active == [2, 1]
 
 
 @only_on_asyncio
