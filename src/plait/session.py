@@ -524,7 +524,7 @@ class _Program:
     async def call(self, thread: _Thread, id: str, context: Context, params: SamplingParams) -> StopReason | None:
         """One engine call, told chunk by chunk; None where nothing more of it counts."""
         sampled = self.tree.segments[id].sampled_ids
-        tell, now = self.tell, self.now
+        tell, now, bounded = self.tell, self.now, bool(thread.finishes)
         with boundary(f"the {self.engine.name} engine"):
             async with aclosing(self.engine.generate(context, params)) as chunks:
                 async for chunk in chunks:
@@ -537,7 +537,7 @@ class _Program:
                     if chunk.stop is not None:
                         _check_stop(chunk.stop, sampled, params)
                         return chunk.stop
-                    if thread.clock + len(sampled) >= thread.finish:
+                    if bounded and thread.clock + len(sampled) >= thread.finish:
                         return None
         raise EngineProtocolError("C5: a call's chunks ended without a stop reason")
 
