@@ -154,25 +154,19 @@ class Decoder:
             for name, view in self.views.items():
                 view.copy_(_tensor(weights[name]))
 
-    def new_cache(self, cells: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, [cells, J, D] each."""
+    def new_cache(self, cells: int) -> list[Tensor]:
+        """Keys and values of every layer, [cells, 2, J, D] each."""
         c = self.config
-        shape = (cells, c.kv_heads, c.head_dim)
         # Zeros, not whatever lies there: padding reads cell 0, and nothing times NaN is NaN.
-        return [
-            (
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-            )
-            for _ in range(c.layers)
-        ]
+        shape = (cells, 2, c.kv_heads, c.head_dim)
+        return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(c.layers)]
 
-    def forward(self, rows: Rows, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, rows: Rows, cache: Sequence[Tensor]) -> Tensor:
         """Compute rows, writing their keys and values into the cache; logits [S, V] in float32."""
         x_NW = F.embedding(rows.token_ids, self._embed)
         cos, sin = self._cos[rows.position_ids][:, None], self._sin[rows.position_ids][:, None]
-        for layer, (keys, values) in zip(self._layers, cache, strict=True):
-            x_NW = layer.forward(x_NW, cos, sin, rows, keys, values)
+        for layer, kv in zip(self._layers, cache, strict=True):
+            x_NW = layer.forward(x_NW, cos, sin, rows, kv)
         x_SW = F.rms_norm(x_NW[rows.outputs], (self.config.width,), self._norm, self.config.eps)
         return F.linear(x_SW, self._head).float()
 
@@ -235,7 +229,7 @@ class _Layer:
         self._gate_up = linear(c.mlp_bias, c.width, gate_proj=c.inner, up_proj=c.inner)
         self._down = linear(c.mlp_bias, c.inner, down_proj=c.width)
 
-    def forward(self, x_NW: Tensor, cos: Tensor, sin: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(self, x_NW: Tensor, cos: Tensor, sin: Tensor, rows: Rows, kv: Tensor) -> Tensor:
         c = self.config
         h_NW = F.rms_norm(x_NW, (c.width,), self._norm_attention, c.eps)
         qkv = F.linear(h_NW, *self._qkv).view(-1, c.heads + 2 * c.kv_heads, c.head_dim)
@@ -243,9 +237,8 @@ class _Layer:
         if self._norm_q is not None and self._norm_k is not None:
             q = F.rms_norm(q, (c.head_dim,), self._norm_q, c.eps)
             k = F.rms_norm(k, (c.head_dim,), self._norm_k, c.eps)
-        keys.index_copy_(0, rows.cells, _rotate(k, cos, sin))
-        values.index_copy_(0, rows.cells, v)
-        y_NW = _attend(_rotate(q, cos, sin), keys, values, rows)
+        kv.index_copy_(0, rows.cells, torch.stack([_rotate(k, cos, sin), v], 1))
+        y_NW = _attend(_rotate(q, cos, sin), kv, rows)
         x_NW = x_NW + F.linear(y_NW, *self._out)
         h_NW = F.rms_norm(x_NW, (c.width,), self._norm_mlp, c.eps)
         gate, up = F.linear(h_NW, *self._gate_up).chunk(2, -1)
@@ -257,18 +250,20 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def _attend(q_NHD: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+def _attend(q_NHD: Tensor, kv: Tensor, rows: Rows) -> Tensor:
     """Attention of every row over the cells it sees, [N, H * D]."""
-    (heads, dim), kv_heads = q_NHD.shape[1:], keys.shape[1]
+    (heads, dim), kv_heads = q_NHD.shape[1:], kv.shape[2]
     outs: list[Tensor] = []
     for group in rows.groups:
         groups, width = group.rows_GR.shape
         # Query heads of one key head are more rows for it: no key is copied for them.
-        q = q_NHD[group.rows_GR.flatten()].view(groups, width, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
+        q = q_NHD.index_select(0, group.rows_GR.flatten())
+        q = q.view(groups, width, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
         shared = q.shape[2]
         q = q.reshape(groups, kv_heads, shared * width, dim)
-        k = keys[group.cells_GC.flatten()].view(groups, -1, kv_heads, dim).transpose(1, 2)
-        v = values[group.cells_GC.flatten()].view(groups, -1, kv_heads, dim).transpose(1, 2)
+        # Whole cells at once: indexing by element takes several times as long.
+        seen = kv.flatten(1).index_select(0, group.cells_GC.flatten())
+        k, v = seen.view(groups, -1, 2, kv_heads, dim).permute(2, 0, 3, 1, 4)
         bias = group.bias_GRC[:, None].repeat(1, 1, shared, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         y = y.view(groups, kv_heads, shared, width, dim).permute(0, 3, 1, 2, 4)
