@@ -37,10 +37,10 @@ class Running:
         self.process, self.service = process, service
         self.url = process.address
         self.port = int(self.url.rpartition(":")[2])
-        self.http = httpx2.Client(base_url=self.url, timeout=20, trust_env=False)
+        self.http = httpx2.Client(base_url=self.url, timeout=50, trust_env=False)
 
     def client(self, key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20, http_client=self.http)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=50, http_client=self.http)
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
         return self.http.get(path, **options)
@@ -60,7 +60,7 @@ class Running:
         return not held and not any(engine.stats().active + engine.stats().queued for engine in engines)
 
 
-def until(true: Any, *, seconds: float = 5.0) -> float:
+def until(true: Any, *, seconds: float = 15.0) -> float:
     """Wait; the seconds it took."""
     started = time.perf_counter()
     while not true():

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,6 +21,7 @@ from plait.server.guard import Guard
 from plait.server.metrics import CONTENT_TYPE
 from plait.server.refusal import Refusal, body_of, status_of
 from plait.server.reply import asked
+from plait.server.schemas import ErrorBody
 from plait.server.service import Asked, Served, Service
 
 
@@ -48,15 +49,13 @@ def create_app(config: ServeConfig, served: Sequence[Served]) -> tuple[ASGIApp, 
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _failed)
-    app.include_router(_router(service))
-    for module in (chat, completions, responses, runs):
-        app.include_router(module.router)
+    refusals: Any = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
+    for router in (_router(service), *(module.router for module in (chat, completions, responses, runs))):
+        app.include_router(router, responses=refusals)
     return Guard(app, service, keyring), service
 
 
-def _router(service: Service) -> Any:
-    from fastapi import APIRouter
-
+def _router(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")

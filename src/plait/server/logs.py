@@ -16,16 +16,14 @@ def configure(kind: str) -> None:
     Args:
         kind: json, plain or off.
     """
-    logger = logging.getLogger(NAME)
-    logger.handlers.clear()
-    logger.propagate = False
-    if kind == "off":
-        logger.addHandler(logging.NullHandler())
-        return
-    handler = logging.StreamHandler()
+    handler = logging.NullHandler() if kind == "off" else logging.StreamHandler()
     handler.setFormatter(_Json() if kind == "json" else _Plain())
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    # uvicorn's own words only where something is wrong.
+    for name, level in ((NAME, logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(level)
 
 
 class _Json(logging.Formatter):

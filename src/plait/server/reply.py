@@ -18,7 +18,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from plait.errors import PlaitError
 from plait.server.refusal import Refusal, body_of
-from plait.server.schemas import ErrorBody
 from plait.server.service import Asked, Service
 
 log = logging.getLogger("plait.server")
@@ -31,7 +30,6 @@ DOCUMENTED: Any = {
             "description": "The whole answer, or its events",
             "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
         },
-        **{status: {"model": ErrorBody} for status in ("4XX", "5XX")},
     },
 }
 """What the schema says of a route whose answer is a `Reply`."""
