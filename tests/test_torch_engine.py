@@ -365,6 +365,8 @@ async def test_leaving_ends_the_calls_that_still_run() -> None:
         await engine.__aenter__()
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.timeout(240)  # seconds on an idle machine
 async def test_the_shipped_model_says_the_same_as_in_llamacpp(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     from plait.engines.llamacpp import LlamaCppEngine
