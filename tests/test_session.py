@@ -355,7 +355,9 @@ async def test_an_engine_that_breaks_its_contract_is_named(chunks: list[Chunk], 
 
 async def test_a_merge_format_on_an_engine_without_merge_is_refused_before_sampling() -> None:
     engine = ScriptedEngine(supports_merge=False)
-    with pytest.raises(UnsupportedJoin, match=r"the toy format .* the scripted engine .* \(llamacpp, torch, scripted\)"):
+    with pytest.raises(
+        UnsupportedJoin, match=r"the toy format .* the scripted engine .* \(llamacpp, torch, scripted\)"
+    ):
         async with open_run(Request(prompt_ids=(8,)), engine=engine, format=ToyFormat(join_kind="merge")):
             pytest.fail("the run was opened")
     assert engine.stats().decode_tokens == 0

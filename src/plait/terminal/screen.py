@@ -12,7 +12,7 @@ import anyio
 from rich.console import Console
 from rich.live import Live
 
-from plait.events import Event, RunEnded, RunStarted, ThreadForked, TokensSampled
+from plait.events import Event, RunEnded, RunStarted, ThreadForked, ThreadsCut, TokensSampled
 from plait.terminal.view import View
 from plait.tree import Tree
 
@@ -88,7 +88,7 @@ def _spread(events: Sequence[Event]) -> list[tuple[float, Event]]:
                 out.append((t, TokensSampled(id=event.id, token_ids=(id,), logprobs=(logprob,), t=t)))
         else:
             out.append((event.t, event))
-        if not isinstance(event, RunEnded):
+        if not isinstance(event, (ThreadsCut, RunEnded)):
             heard[event.id] = event.t
     # Stable: events of one segment keep their order.
     return sorted(out, key=lambda pair: pair[0])
