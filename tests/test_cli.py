@@ -50,6 +50,10 @@ def started(*args: str, **more: Any) -> subprocess.Popen[str]:
         "eval",
         "trace",
         "trace show",
+        "serve",
+        "bench load",
+        "view",
+        "doctor",
         "train",
         "train sft",
         "train rl",
@@ -82,6 +86,8 @@ def test_help_fits_a_screen(command: str) -> None:
         (["eval", *GOLD, "--family", "contdown"], "did you mean 'countdown'"),
         (["eval", *GOLD, "--compare", "--concurrency", "4"], "leave out --concurrency"),
         (["tasks", "bundel"], "did you mean 'bundle'"),
+        (["tasks", "product", "--set", "product.factor=3"], "did you mean 'factors'"),
+        (["tasks", "product", "--set", "factors=3"], "use FAMILY.KNOB=VALUE"),
     ],
 )
 def test_what_cannot_be_asked_names_what_can(args: list[str], says: str) -> None:
