@@ -449,6 +449,9 @@ def test_a_step_gets_the_threads_that_were_fastest_lately() -> None:
         pace.record(4, 2, 0.1)  # the machine became idle
     assert pace.choose(4) == 2
     assert pace.choose(3) == 2, "other numbers of rows are measured by themselves"
+    pace.record(1, 1, 1.0)
+    pace.record(3, 2, 1.5)
+    assert {pace.choose(3) for _ in range(64)} == {2}, "nothing else is tried where rows cost little"
 
 
 @pytest.mark.parametrize(
