@@ -387,7 +387,10 @@ async def test_a_fault_in_the_middle_of_a_fork_ends_the_siblings_and_joins_nothi
             async for _ in run:
                 pass
         tree = run.tree
-        assert len({s.thread for s in tree.segments.values()} - {"0"}) == 4
+        branches = [s for s in tree.segments.values() if s.thread != "0"]
+        assert len({s.thread for s in branches}) == 4
+        # A sibling may end before the fault is noticed: then the runtime wrote its closer, and nothing more.
+        assert not any(s.sampled_ids for s in branches if not s.id.endswith(":0"))
         assert not any(s.joins for s in tree.segments.values())
         assert tree.segments["0:0"].stop is StopReason.STOP
         await eventually(lambda: not server.running)

@@ -165,7 +165,11 @@ def test_ten_thousand_segments_are_quick(shown: Callable[..., Any]) -> None:
     return took.sort((a, b) => a - b);
     """
     took = browser.execute_script(interact)
-    print(f"first paint after {ready:.0f} ms; a key takes {took[5]:.0f} ms, at most {took[-1]:.0f} ms")
+    paint = "return performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? NaN"
+    painted = float(browser.execute_script(paint))
+    print(
+        f"ready after {ready:.0f} ms, painted after {painted:.0f} ms; a key {took[5]:.0f} ms, at most {took[-1]:.0f} ms"
+    )
     # Goals are 1000 and 50 ms on a free machine; the bounds leave room for a busy one.
     assert ready < 8000
     assert took[5] < 400

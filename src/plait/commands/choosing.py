@@ -12,7 +12,7 @@ from plait.models.gold import NAME as GOLD
 from plait.tasks import Problem
 
 ELSEWHERE = """To ask other weights: `--model PATH.gguf` runs what `plait train sft` wrote on questions of these kinds.
-General language models, over HTTP or from files, are not connected yet."""
+`--engine URL` and `--engine torch` run such models elsewhere; general language models are not connected to `solve`."""
 
 
 @dataclass(frozen=True, slots=True)

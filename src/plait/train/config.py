@@ -51,7 +51,7 @@ class DataConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimiserConfig:
     name: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for the matrices of the layers and AdamW for the rest, about three times as fast by tokens here."""
+    """muon: Muon for the matrices of the layers and AdamW for the rest, about twice as fast by tokens here."""
     lr: float = 2.5e-3
     momentum: float = 0.95
     """Muon's."""
