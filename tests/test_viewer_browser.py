@@ -183,6 +183,12 @@ def test_two_runs_of_a_question_race(shown: Callable[..., Any]) -> None:
     press(browser, " ")
     wait(browser, "return parseFloat(document.querySelectorAll('.side .clock')[0].textContent) > 0")
     press(browser, " ")
+    # The clock of a run that has ended stands still, so both are compared before either end.
+    browser.execute_script("""
+    const slide = document.querySelector('input[type=range]');
+    slide.value = 200;
+    slide.dispatchEvent(new Event('input', { bubbles: true }));
+    """)
     clocks = browser.execute_script("return [...document.querySelectorAll('.clock')].map((c) => c.textContent)")
     assert clocks[0] == clocks[1]
     assert browser.execute_script("return document.querySelectorAll('.said span[hidden]').length") > 0
