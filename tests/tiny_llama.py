@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ def layout(context: Context) -> tuple[list[int], list[int], npt.NDArray[np.bool_
 
 def forward(context: Context) -> npt.NDArray[np.float64]:
     """Log-probabilities of the token after a context: one float64 forward, explicit mask and positions."""
+    return scores(context, (0,))[0]
+
+
+def scores(context: Context, following: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Log-probabilities at each of the ids that follow a context."""
+    context = (*context, tuple(following[:-1])) if len(following) > 1 else context
     ids, positions, mask = layout(context)
     w = {name: tensor.astype(np.float64) for name, tensor in weights().items()}
     size = WIDTH // HEADS
@@ -107,6 +114,6 @@ def forward(context: Context) -> npt.NDArray[np.float64]:
         h = norm(x, f"{at}post_attention_layernorm.weight")
         gate = h @ w[f"{at}mlp.gate_proj.weight"].T
         x = x + (gate / (1 + np.exp(-gate)) * (h @ w[f"{at}mlp.up_proj.weight"].T)) @ w[f"{at}mlp.down_proj.weight"].T
-    logits = norm(x[-1], "model.norm.weight") @ w["model.embed_tokens.weight"].T
-    top = logits.max()
-    return logits - top - np.log(np.exp(logits - top).sum())
+    logits = norm(x[-len(following) :], "model.norm.weight") @ w["model.embed_tokens.weight"].T
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -27,6 +27,14 @@ class EngineStats:
     """Tokens sampled."""
     steps: int = 0
     """Forward passes."""
+    preemptions: int = 0
+    """Times that a call made way for older ones, to be computed again and go on where it was."""
+    evictions: int = 0
+    """Cached contexts, or parts of them, given up for room."""
+    drafted_tokens: int = 0
+    """Tokens guessed by speculative decoding."""
+    accepted_tokens: int = 0
+    """Those of them that the model would have sampled."""
 
 
 class Engine(Protocol):

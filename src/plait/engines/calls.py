@@ -69,5 +69,5 @@ class Call:
         return self, self.ids[sent:], self.logprobs[sent:], stop, None
 
 
-Message: TypeAlias = tuple[Literal["submit", "cancel", "close"], Any]
+Message: TypeAlias = tuple[Literal["submit", "cancel", "forget", "close"], Any]
 Delivery: TypeAlias = "tuple[Call, list[int], list[float], StopReason | None, EngineError | None]"

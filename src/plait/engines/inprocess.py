@@ -29,7 +29,12 @@ class Scheduler(Job, Protocol):
     decode_tokens: int
     steps: int
 
+    preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
     @property
+    @property
+    def evictions(self) -> int: ...
     def active(self) -> int: ...
     @property
     def queued(self) -> int: ...
@@ -116,8 +121,24 @@ class InProcessEngine:
             decode_tokens=s.decode_tokens,
             steps=s.steps,
         )
+            preemptions=s.preemptions,
+            evictions=s.evictions,
+            drafted_tokens=s.drafted_tokens,
+            accepted_tokens=s.accepted_tokens,
 
     async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+    async def forget(self) -> None:
+        """Drop what is cached of calls that ended; calls that run keep what they stand on. Changes no token.
+
+        Raises:
+            EngineUnavailable: The engine is not open.
+        """
+        scheduler, post = self._check_open(), poster()
+        over = anyio.Event()
+        scheduler.put(("forget", lambda: post(over.set)))
+        with anyio.CancelScope(shield=True):
+            await over.wait()
+
         """Continue a context. Chunks carry what was sampled since the last one, some milliseconds' worth.
 
         Raises:

@@ -123,6 +123,8 @@ class Cache:
         """Those of them that a live sequence holds."""
         self.free = list(range(max_seqs - 1, -1, -1))
         self.idle: OrderedDict[Seq, None] = OrderedDict()
+        self.evictions = 0
+        """Idle sequences that were given up for room."""
         """Finished sequences, least recently used first."""
         self.seqs: set[Seq] = set()
         self._flying: list[tuple[Node, Seq]] = []
@@ -206,7 +208,7 @@ class Cache:
         """Make sure that one sequence is free, at the price of the one used longest ago."""
         if not self.free:
             assert self.idle, "admission lets no call in that cannot get a sequence"
-            self.drop(next(iter(self.idle)))
+            self._evict()
 
     def fork(self, node: Node) -> Seq:
         """A new live sequence that holds everything up to `node`. Copies no data."""
@@ -296,12 +298,12 @@ class Cache:
     def trim(self) -> None:
         """Drop the oldest idle sequences while more cells idle than are worth their weight in every step."""
         while self.idle and self.used - self.live_cells > max(self._keep, 2 * self.live_cells):
-            self.drop(next(iter(self.idle)))
+            self._evict()
 
     def make_room(self, cells: int) -> bool:
         """Drop idle sequences until at most `cells` are used. False if the live ones alone use more."""
         while self.used > cells and self.idle:
-            self.drop(next(iter(self.idle)))
+            self._evict()
         return self.used <= cells
 
     def _hold(self, seq: Seq, node: Node, on_trunk: bool) -> None:
@@ -317,6 +319,16 @@ class Cache:
                 self.live_cells += node.num_cells
 
     def _release(self, seq: Seq, node: Node) -> None:
+    def forget(self) -> None:
+        """Drop every idle sequence."""
+        for seq in tuple(self.idle):
+            self.drop(seq)
+
+    def _evict(self) -> None:
+        """Give up the idle sequence used longest ago."""
+        self.evictions += 1
+        self.drop(next(iter(self.idle)))
+
         node.holders.discard(seq)
         if seq.live:
             node.live -= 1

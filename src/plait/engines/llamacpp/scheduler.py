@@ -126,7 +126,8 @@ class Scheduler:
         """Steps since slots last changed, whose tokens are only in the history yet."""
         self._rows = self._left = 0
         self._flush_at = 0.0
-        self.prefill_tokens = self.reused_tokens = self.decode_tokens = self.steps = 0
+        self.prefill_tokens = self.reused_tokens = self.decode_tokens = self.steps = self.preemptions = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self.decode_s = self.work_s = 0.0
         """Seconds inside llama.cpp, and in all steps."""
 
@@ -138,6 +139,11 @@ class Scheduler:
     def cached_tokens(self) -> int:
         """Cells in use."""
         return self._cache.used + self._tail_cells()
+
+    @property
+    def evictions(self) -> int:
+        """Finished sequences that were given up for room."""
+        return self._cache.evictions
 
     @property
     def queued(self) -> int:
@@ -181,14 +187,16 @@ class Scheduler:
     def _receive(self) -> bool:
         """Take in messages. False when it is time to close."""
         while not self._inbox.empty():
-            kind, call = self._inbox.get()
+            kind, what = self._inbox.get()
             if kind == "close":
                 return False
-            assert call is not None
             if kind == "submit":
-                self.queue.append(call)
+                self.queue.append(what)
+            elif kind == "cancel":
+                self._cancel(what)
             else:
-                self._cancel(call)
+                self._cache.forget()
+                what()
         return True
 
     def _cancel(self, call: Call) -> None:
@@ -216,6 +224,7 @@ class Scheduler:
         if len(set(map(id, calls))) < 2:
             return False
         victim = max(calls, key=lambda c: c.number)
+        self.preemptions += 1
         self._evict(victim)
         self.queue.appendleft(victim)
         return True

@@ -61,6 +61,8 @@ class Pool:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
+        self.evictions = 0
+        """Nodes that were given up for room."""
         self.clear()
 
     def clear(self) -> None:
@@ -199,9 +201,15 @@ class Pool:
             del parent.merges[node.tips]
             for tip in node.tips:
                 self._release(tip, last=False)
+            self.evictions += 1
         else:
             group = parent.children[node.ids[0]]
             group.remove(node)
+    def forget(self) -> None:
+        """Give up every node that nobody refers to."""
+        while self.idle:
+            self._evict(next(iter(self.idle)))
+
             if not group:
                 del parent.children[node.ids[0]]
             self._give_back(node)
@@ -239,7 +247,7 @@ class Pool:
             assert all(child.parent is node and child.ids for child in below)
             todo += [*below, *node.merges.values()]
         refs = dict.fromkeys(nodes, 0)
-        refs[self.root] = 1
+        refs |= dict.fromkeys(roots, 1)
         for node in nodes:
             for other in (node.parent, *node.tips):
                 if other is not None:

@@ -199,11 +199,16 @@ class Scheduler:
         self._flush_at = 0.0
         self._full = False
         """Whether the first in the queue did not fit; looked at again when something changes."""
-        self.prefill_tokens = self.reused_tokens = self.decode_tokens = self.steps = 0
+        self.prefill_tokens = self.reused_tokens = self.decode_tokens = self.steps = self.preemptions = 0
+        self.drafted_tokens = self.accepted_tokens = 0
 
     @property
     def active(self) -> int:
         return len(self.live)
+
+    @property
+    def evictions(self) -> int:
+        return self.pool.evictions
 
     @property
     def queued(self) -> int:
@@ -259,6 +264,9 @@ class Scheduler:
                 return False
             if kind == "load":
                 self._load(what)
+            elif kind == "forget":
+                self.pool.forget()
+                what()
             elif kind == "submit":
                 self.queue.append(what)
             elif what in self.queue:
@@ -287,6 +295,8 @@ class Scheduler:
             kind, what = self._inbox.get()
             if kind == "load":
                 what.done(error)
+            elif kind == "forget":
+                what()
             elif kind == "submit":
                 failed.append(what)
             elif kind == "close":
@@ -406,6 +416,7 @@ class Scheduler:
 
     def _make_way(self, call: Call) -> None:
         """No block is left for a call: the youngest waits, were it the call itself."""
+        self.preemptions += 1
         self._push_out(self.live[-1])
         if not self.live:
             # What it held was full of holes, left by others. Computed anew it fits: that was checked at the door.

@@ -1,0 +1,117 @@
+"""Random programs in too little memory, a few of those of `benchmarks/check_scarcity.py`; and that faults are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+import scarce_engines
+import tiny_llama
+from plait.engines.llamacpp import LlamaCppEngine
+from plait.engines.llamacpp.binding import Decoder
+from plait.engines.llamacpp.scheduler import Scheduler
+from plait.errors import EngineProtocolError
+from plait.testing.scarcity import Findings, run_program
+from test_llamacpp import PROMPT, assert_balanced, call
+
+pytest.importorskip("gguf", reason="writes its own weights: needs the train extra")
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.write(tmp_path_factory.mktemp("weights") / "tiny.gguf")
+
+
+def programs(name: str, gguf: Path, seeds: range) -> Findings:
+    found = Findings()
+    for seed in seeds:
+        found += anyio.run(scarce_engines.run, name, seed, gguf, backend=("asyncio", "trio")[seed % 2])
+    return found
+
+
+@pytest.mark.parametrize("name", ["llamacpp", pytest.param("torch", marks=pytest.mark.torch)])
+def test_no_program_gives_a_wrong_token_leaks_a_cell_or_hangs(name: str, gguf: Path) -> None:
+    if name == "torch":
+        pytest.importorskip("torch")
+    found = programs(name, gguf, range(1, 3))
+    assert found.programs == 2
+    assert found.ended > found.calls / 2
+    assert found.unpressed == 0, "something had to give way in each"
+    assert min(found.merges, found.cut, found.forgets, found.evictions) > 0
+
+
+def test_an_engine_that_forgets_keeps_what_runs(gguf: Path) -> None:
+    async def main() -> None:
+        async with LlamaCppEngine(gguf, cache="F32", cells=512, flush_s=0) as engine:
+            expected = (await call(engine, (PROMPT,), max_tokens=200))[0]
+            assert engine.stats().cached_tokens
+            await engine.forget()
+            assert engine.stats().cached_tokens == 0
+            out: list[Any] = []
+            async with anyio.create_task_group() as tasks:
+
+                async def ask() -> None:
+                    out.append(await call(engine, (PROMPT,), max_tokens=200))
+
+                tasks.start_soon(ask)
+                while not out:
+                    await engine.forget()
+                    await anyio.lowlevel.checkpoint()
+            assert out[0][0] == expected
+            assert_balanced(engine)
+
+    anyio.run(main)
+
+
+def wrong_cell(patch: pytest.MonkeyPatch) -> None:
+    copy = Decoder.copy
+
+    def short(self: Decoder, source: int, target: int, start: int, end: int) -> None:
+        copy(self, source, target, start, end)
+        self._lib.llama_memory_seq_rm(self._memory, target, start, start + 1)
+
+    patch.setattr(Decoder, "copy", short)
+
+
+def leaked_cell(patch: pytest.MonkeyPatch) -> None:
+    def remove(self: Decoder, seq: int) -> None:
+        self._lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
+        self._lib.llama_memory_seq_cp(self._memory, 0, 255, 0, 1)  # a sequence that nobody else uses
+
+    patch.setattr(Decoder, "remove", remove)
+
+
+def stuck_queue(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "_push_out", lambda self: False)
+    patch.setattr(Scheduler, "_admit", lambda self: None)
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (wrong_cell, "the reference gives"),
+        (leaked_cell, "failed: llama_decode"),
+        (stuck_queue, "did not end in 1 s"),
+    ],
+)
+def test_a_planted_fault_is_found(plant: Any, message: str, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+
+    async def main() -> None:
+        engine = LlamaCppEngine(gguf, cache="F32", cells=256, max_seqs=256, flush_s=0)
+        async with engine:
+            await run_program(
+                engine,
+                0,
+                vocab_size=tiny_llama.VOCAB,
+                reference=tiny_llama.scores,  # pyright: ignore[reportArgumentType]
+                cells=256,
+                limit_s=1 if plant is stuck_queue else 30,
+            )
+
+    with pytest.raises(EngineProtocolError, match=message):
+        anyio.run(main)
