@@ -33,7 +33,9 @@ def normalise(context: Context) -> tuple[Part, ...]:
 class Call:
     """One engine call."""
 
-    __slots__ = ("cells", "context", "draws", "ends", "ids", "limit", "logprobs", "number", "params", "sent", "user")
+    __slots__ = (
+        *("cells", "context", "draws", "ends", "ids", "limit", "logprobs", "number", "params", "salt", "sent", "user"),
+    )
 
     def __init__(self, number: int, context: tuple[Part, ...], params: SamplingParams, limit: int, user: Any) -> None:
         self.number = number
@@ -48,6 +50,8 @@ class Call:
         self.ends = frozenset((*params.stop_ids, *params.eos_ids))
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.salt: str | None = None
+        """Calls with another one find nothing of it in a cache."""
         self.sent = 0
         """How many of `ids` were delivered."""
         self.cells = context_cells(context)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import anyio
 import anyio.lowlevel
 
+from plait.engines.affinity import stated_affinity
 from plait.engines.base import EngineStats
 from plait.engines.calls import Call, Delivery, Part, normalise
 from plait.engines.worker import Job
@@ -149,6 +150,8 @@ class InProcessEngine:
         scheduler = self._check_open()
         mailbox = Mailbox()
         call = self._call(next(self._numbers), self._checked(context), params, mailbox)
+        stated = stated_affinity()
+        call.salt = stated.cache_salt if stated else None
         scheduler.put(("submit", call))
         try:
             while True:

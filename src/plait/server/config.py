@@ -39,6 +39,8 @@ class ServeConfig:
     """Entries `NAME:sha256:HEX[:WEIGHT]`, as `plait serve --new-key NAME` prints them."""
     api_key_file: str | None = None
     """A file of such entries, one a line."""
+    cache_secret: str | None = None
+    """What cache salts are made with. None: drawn at every start; set it where several servers share engines."""
     allow_anonymous: bool = False
     """Serve without keys on an address that others reach."""
     allowed_hosts: tuple[str, ...] = ()
@@ -201,7 +203,7 @@ def _parse(name: str, text: str, where: str) -> Any:
 
 
 def as_toml(config: ServeConfig) -> str:
-    """A config as the file that would give it. Key entries show whose they are, not their hashes."""
+    """A config as the file that would give it, without secrets: of key entries it shows whose they are."""
     lines: list[str] = []
     for name in NAMES:
         value = getattr(config, name)
@@ -209,6 +211,8 @@ def as_toml(config: ServeConfig) -> str:
             lines.append(f"# {name} is not set")
         elif name == "api_keys":
             lines.append(f"# {name}: {', '.join(entry.partition(':')[0] for entry in value) or 'none'}")
+        elif name == "cache_secret":
+            lines.append(f"# {name} is set")
         else:
             lines.append(f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ import anyio
 
 from plait import tasks
 from plait.engines import is_address
+from plait.engines.affinity import affinity
 from plait.engines.base import Engine
 from plait.errors import EngineUnavailable, RequestError, UnsupportedJoin, nearest
 from plait.events import Event, TokensSampled
@@ -23,7 +24,7 @@ from plait.formats.base import TrajectoryFormat
 from plait.models import Model
 from plait.server.admission import Admission, Lane, Lease
 from plait.server.config import ServeConfig
-from plait.server.keys import Client
+from plait.server.keys import Client, cache_salt
 from plait.server.metrics import JoinWaits, Metrics
 from plait.server.refusal import Refusal, body_of
 from plait.server.schemas import PlaitOptions
@@ -108,6 +109,7 @@ class Service:
         self.metrics = Metrics(self.admission, self._stats)
         self.traces = Traces(config.keep_runs)
         self.spans = _spans(config, self.metrics)
+        self._secret = config.cache_secret or secrets.token_hex(32)
         self.ready = False
         self.stopping = anyio.Event()
         """Set when the time to drain is over: what still runs is ended."""
@@ -172,7 +174,12 @@ class Service:
         if served.engine is None:
             raise EngineUnavailable("the server is not ready")
         try:
-            with self.admission.admitted(asked.client) as lease:
+            salt = cache_salt(asked.client, self._secret)
+            with (
+                self.admission.admitted(asked.client) as lease,
+                # One for all calls of the request, so that its forks find what it has computed.
+                affinity(f"plait-{secrets.token_hex(8)}", cache_salt=salt),
+            ):
                 lane = Lane(served.engine, self.admission, lease)
                 async with _opened_job(asked, served, lane, lease, request, trace) as job:
                     yield job

@@ -117,6 +117,8 @@ class Cache:
         self._cells, self._keep = cells, keep
         self.max_seqs = max_seqs
         self.root = Node(None, (), 0)
+        self._roots: dict[str, Node] = {}
+        """Of contexts with a salt."""
         self.used = 0
         """Cells held by nodes."""
         self.live_cells = 0
@@ -130,6 +132,17 @@ class Cache:
         self._flying: list[tuple[Node, Seq]] = []
 
     # Finding
+
+    def root_of(self, salt: str | None) -> Node:
+        """Where contexts of a salt begin: what was computed under another one is not found from there."""
+        if salt is None:
+            return self.root
+        if salt not in self._roots:
+            if len(self._roots) >= 2 * self.max_seqs:
+                tips = {seq.tip for seq in self.seqs}
+                self._roots = {s: n for s, n in self._roots.items() if n.children or n.merges or n in tips}
+            self._roots[salt] = Node(None, (), 0)
+        return self._roots[salt]
 
     def find(
         self, parts: Sequence[Part], *, start: Node | None = None, spare: int = 0, apart: Sequence[Seq] = ()
@@ -214,7 +227,7 @@ class Cache:
         """A new live sequence that holds everything up to `node`. Copies no data."""
         seq = Seq(self.free.pop(), node)
         self.seqs.add(seq)
-        if node is not self.root:
+        if node.parent is not None:
             source = next(iter(node.trunk))
             self._cells.copy(source.id, seq.id, 0, node.end)
             if source in self.idle:
@@ -374,7 +387,7 @@ class Cache:
         assert self.used == sum(n.num_cells for n in nodes)
         assert self.live_cells == sum(n.num_cells for n in nodes if n.live)
         assert len(self.free) + len(self.seqs) == self.max_seqs
-        todo, seen = [self.root], set[Node]()
+        todo, seen = [self.root, *self._roots.values()], set[Node]()
         while todo:
             node = todo.pop()
             seen.add(node)

@@ -436,14 +436,14 @@ class Scheduler:
         free = self._decoder.cells - self._cache.live_cells - planned
         if call.cells <= free:
             return True
-        node, _ = self._cache.find(call.context, spare=1)
+        node, _ = self._cache.find(call.context, start=self._cache.root_of(call.salt), spare=1)
         shared = sum(n.num_cells for n in {n for n, _ in node.path()} if n.live)
         return call.cells - shared <= free
 
     def _open(self, call: Call) -> None:
         context = call.resumed()
         call.seen = len(call.ids)
-        seq, rest = self._fork(context, spare=1)
+        seq, rest = self._fork(context, start=self._cache.root_of(call.salt), spare=1)
         call.seq = seq
         self.reused_tokens += call.cells + len(call.ids) - context_cells(tuple(rest))
         self._merges_seen = self._merges_seen or any(isinstance(p, Merge) for p in context)

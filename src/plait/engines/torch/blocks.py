@@ -69,6 +69,8 @@ class Pool:
         """Forget everything. Nodes from before must not be used again."""
         self.root = Node(None, (), start=0)
         self.root.refs = 1
+        self._roots: dict[str, Node] = {}
+        """Of contexts with a salt."""
         self.free = list(range(self.num_blocks - 1, -1, -1))
         self.used = 0
         """Cells that hold a token."""
@@ -78,6 +80,17 @@ class Pool:
         """Cells of each block that were handed out, from its beginning."""
         self._nodes = [0] * self.num_blocks
         """Reference count of each block: the nodes in it."""
+
+    def root_of(self, salt: str | None) -> Node:
+        """Where contexts of a salt begin: what was computed under another one is not found from there."""
+        if salt is None:
+            return self.root
+        if salt not in self._roots:
+            if len(self._roots) >= self.num_blocks:
+                self._roots = {s: n for s, n in self._roots.items() if n.refs > 1}
+            self._roots[salt] = Node(None, (), start=0)
+            self._roots[salt].refs = 1
+        return self._roots[salt]
 
     # Holding
 
@@ -239,7 +252,8 @@ class Pool:
             holds: Every `hold` that was not let go.
         """
         nodes: list[Node] = []
-        todo = [self.root]
+        roots = [self.root, *self._roots.values()]
+        todo = list(roots)
         while todo:
             node = todo.pop()
             nodes.append(node)

@@ -324,7 +324,7 @@ class Scheduler:
         first = call.parts[0]
         if isinstance(first, Merge):
             return need
-        node, _ = self.pool.match(self.pool.root, first, len(first) - 1)
+        node, _ = self.pool.match(self.pool.root_of(call.salt), first, len(first) - 1)
         return need - int(self._held()[self.pool.cells(node)[:: self.pool.block_size] // self.pool.block_size].sum())
 
     def _held(self) -> np.ndarray:
@@ -398,7 +398,7 @@ class Scheduler:
             step.last[call] = step.rows - 1
             return True
         walk = _Walk(self.pool, step.share())
-        tip = walk.context(self.pool.root, call.parts, spare=1)
+        tip = walk.context(self.pool.root_of(call.salt), call.parts, spare=1)
         for piece in walk.pieces:
             step.add(piece, given=True)
             call.computed += len(piece.token_ids)
