@@ -13,6 +13,7 @@ import pytest
 from plait.engines.scripted import ScriptedEngine
 from plait.errors import EngineProtocolError
 from plait.testing.conformance import check_engine
+from plait.testing.pytest import EngineClause
 from plait.types import Chunk, Context, SamplingParams, context_positions
 
 pytestmark = pytest.mark.anyio
@@ -27,7 +28,12 @@ def make(**options: Any) -> ScriptedEngine:
     return ScriptedEngine(**{"vocab_size": 50, "max_context": 400, **options})
 
 
-async def test_scripted_obeys_every_clause() -> None:
+async def test_scripted_obeys(engine_clause: EngineClause) -> None:
+    variants = [lambda n=n: make(chunk_size=n, timing_seed=n) for n in (1, 3, 100)]
+    await engine_clause.check(make, vocab_size=50, tolerance=0, variants=variants)
+
+
+async def test_one_call_checks_every_clause() -> None:
     variants = [lambda n=n: make(chunk_size=n, timing_seed=n) for n in (1, 3, 100)]
     checked = await check_engine(make, vocab_size=50, tolerance=0, variants=variants)
     assert checked == [*(f"C{i}" for i in range(1, 10)), "M2", "M3", "C10"]
@@ -151,3 +157,42 @@ async def test_rounding_within_the_tolerance_is_no_failure() -> None:
     await check_engine(lambda: Rounded(vocab_size=50, max_context=400), vocab_size=50, tolerance=1e-4)
     with pytest.raises(EngineProtocolError):
         await check_engine(lambda: Rounded(vocab_size=50, max_context=400), vocab_size=50, tolerance=1e-7)
+
+
+OTHERS = """
+import pytest
+from plait.engines.scripted import ScriptedEngine
+
+class Counting(ScriptedEngine):
+    def generate(self, context, params):
+        return super().generate((*context, (params.max_tokens % 40,)), params)
+
+def make():
+    return Counting(vocab_size=50, max_context=400, supports_merge=False)
+
+@pytest.mark.anyio
+@pytest.mark.engine_deviates(C2="it counts", C6="it counts"{more})
+async def test_mine(engine_clause, anyio_backend_name):
+    await engine_clause.check(make, vocab_size=50, tolerance=0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "outcomes"),
+    [("", {"passed": 18, "xfailed": 4, "skipped": 6}), (", C1='wrongly suspected'", {"failed": 2, "passed": 16})],
+)
+def test_the_plugin_runs_a_test_for_each_clause_of_another_engine(
+    pytester: pytest.Pytester, more: str, outcomes: dict[str, int]
+) -> None:
+    pytester.makeconftest('pytest_plugins = ["plait.testing.pytest"]')
+    pytester.makepyfile(OTHERS.format(more=more))
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    found = result.parseoutcomes()
+    assert {name: found.get(name) for name in outcomes} == outcomes
+
+
+def test_a_deviation_of_no_clause_is_refused(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest('pytest_plugins = ["plait.testing.pytest"]')
+    pytester.makepyfile(OTHERS.format(more=", C77='what?'"))
+    result = pytester.runpytest_inprocess()
+    result.stdout.fnmatch_lines(["*unknown clause*C77*"])

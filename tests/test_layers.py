@@ -48,6 +48,7 @@ HEAVY = {
     "prometheus_client": ("server/__init__.py", "server/metrics.py"),
     "click": ("commands", "cli.py"),
     "hypothesis": ("testing/strategies.py",),
+    "pytest": ("testing/pytest.py",),
     "selenium": (),
     "httpx2": ("engines/http/client.py", "bench/load.py", "server/spans.py"),
     # An engine that is woken from its own thread has to ask the running loop how.
