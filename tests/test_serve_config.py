@@ -44,7 +44,7 @@ def test_flags_come_before_variables_before_the_file(tmp_path: Path) -> None:
         ({}, {"PLAIT_PORT": "x"}, "", "PLAIT_PORT is 'x'"),
         ({}, {"PLAIT_ALLOW_ANONYMOUS": "maybe"}, "", "true or false"),
         ({"max_threads": 0}, {}, "", "max_threads is 0"),
-        ({"max_threads": 1000}, {}, "", "at most 255"),
+        ({"engine_options": ("cells 8",)}, {}, "", "of the form NAME=VALUE"),
         ({"port": 70_000}, {}, "", "from 0 to 65535"),
         ({"log": "jsn"}, {}, "", "did you mean 'json'"),
         ({"drain_s": float("nan")}, {}, "", "drain_s is nan"),

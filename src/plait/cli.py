@@ -186,7 +186,9 @@ With --out each result is written at once, and the same command goes on later.
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Which problems are drawn.")
 @click.option("--split", type=click.Choice(["held_out", "train"]), default="held_out", show_default=True)
 @_KNOBS
-def evaluate(families: str, **options: Any) -> int:
+@click.option("--max-threads", type=int, metavar="N", help="Forked threads of a run at most.")
+@click.option("--max-tokens", type=int, metavar="N", help="Tokens of a run at most.")
+def evaluate(families: str, max_threads: int | None, max_tokens: int | None, **options: Any) -> int:
     from plait.commands.evaluate import Options, evaluation
 
     return evaluation(Options(families=[name.strip() for name in families.split(",") if name.strip()], **options))
@@ -327,7 +329,7 @@ SIGTERM lets running requests end; a second one does not.
 @click.option("--api-key-file", metavar="FILE", help="Entries of --new-key, one a line.")
 @click.option("--allow-anonymous", is_flag=True, default=None, help="No keys on an address that others reach.")
 @click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="A name of this server; *: any.")
-@click.option("--max-threads", type=int, metavar="N", help="Threads that sample at once; default 32.")
+@click.option("--max-threads", type=int, metavar="N", help="Threads that sample at once; default: what fits.")
 @click.option("--max-requests", type=int, metavar="N", help="Requests at once, waiting ones too; default 256.")
 @click.option("--drain-s", type=float, metavar="S", help="For what runs, after SIGTERM; default 30.")
 @click.option("--log", metavar="KIND", help="json, plain or off.")
@@ -336,6 +338,9 @@ SIGTERM lets running requests end; a second one does not.
 @click.option("--new-key", metavar="NAME", help="Print a fresh API key and its entry, and stop.")
 def serve(new_key: str | None, config: str | None, print_config: bool, **flags: Any) -> int:
     from plait.commands.serve import key
+@click.option(
+    "--engine-option", "engine_options", multiple=True, metavar="NAME=VALUE", help="Of that engine: cells, max_seqs, ..."
+)
     from plait.commands.serve import serve as run
 
     if new_key is not None:

@@ -2,21 +2,24 @@
 
 A thread holds a place only while the engine samples for it. Free places go to the client that holds the fewest for its
 weight, and of its requests to the one that holds the fewest; so a request of 64 threads waits like 64 requests of one.
-Under pressure, in this order: a request's threads wait for places (its result is the same); requests that come now are
-admitted without forks; requests are refused, with a time to come back. Knows nothing of HTTP, formats or text.
+An engine in which calls queue for room gets no more of them, however many places are free: what waits, waits here,
+where it is fair. Under pressure, in this order: a request's threads wait for places (its result is the same); requests
+that come now are admitted without forks; requests are refused, with a time to come back. Knows nothing of HTTP,
+formats or text.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import anyio
 
 from plait.engines.base import Engine, EngineStats
+from plait.errors import EngineProtocolError, EngineTimeout
 from plait.server.keys import Client
 from plait.server.refusal import Refusal
 from plait.types import Chunk, Context, SamplingParams
@@ -34,6 +37,8 @@ class Lease:
     peak: int = 0
     """Most places it held at once."""
     waiting: deque[anyio.Event] = field(default_factory=deque[anyio.Event])
+    engine: Engine | None = None
+    """What its places are used on."""
 
 
 class Admission:
@@ -55,13 +60,13 @@ class Admission:
         max_requests_per_key: int | None = None,
     ) -> None:
         self.max_threads, self.max_requests = max_threads, max_requests
-        self.max_threads_per_key = max_threads_per_key or max_threads
-        self.max_requests_per_key = max_requests_per_key or max_requests
+        self.max_threads_per_key, self.max_requests_per_key = max_threads_per_key, max_requests_per_key
         self.num_held = 0
         self.num_waiting = 0
         self.draining = False
         self._leases: dict[Lease, None] = {}
         self._held: Counter[str] = Counter()
+        self._held_on: Counter[Engine] = Counter()
         self._requests: defaultdict[str, int] = defaultdict(int)
         self._seconds = 1.0
         """Running mean of how long a request takes."""
@@ -70,10 +75,23 @@ class Admission:
     def num_requests(self) -> int:
         return len(self._leases)
 
-    @property
-    def pressure(self) -> float:
-        """Threads that sample or wait, and at least one for every request, against the places; 1 and more is full."""
-        return max(self.num_held + self.num_waiting, self.num_requests) / self.max_threads
+    def pressure(self, client: Client | None = None) -> float:
+        """How full it is; forks are declined from 1 on, which comes before any refusal.
+
+        Threads that sample or wait, and at least one for every request, against the places; or requests against half
+        of those that may be at once. The same for a client's own limits, where that is more.
+        """
+        threads, requests = self.num_held + self.num_waiting, self.num_requests
+        pressure = max(max(threads, requests) / self.max_threads, 2 * requests / self.max_requests)
+        if client is None:
+            return pressure
+        threads = sum(o.num_held + len(o.waiting) for o in self._leases if o.client.name == client.name)
+        requests = self._requests.get(client.name, 0)
+        if self.max_threads_per_key is not None:
+            pressure = max(pressure, max(threads, requests) / self.max_threads_per_key)
+        if self.max_requests_per_key is not None:
+            pressure = max(pressure, 2 * requests / self.max_requests_per_key)
+        return pressure
 
     @contextmanager
     def admitted(self, client: Client) -> Iterator[Lease]:
@@ -91,14 +109,14 @@ class Admission:
                 code="overloaded",
                 retry_after_s=self._patience(),
             )
-        if self._requests[client.name] >= self.max_requests_per_key:
+        if self._requests[client.name] >= (self.max_requests_per_key or self.max_requests):
             raise Refusal(
                 f"too many requests at once: {self.max_requests_per_key} for one key",
                 status=429,
                 code="rate_limit_exceeded",
                 retry_after_s=self._patience(),
             )
-        lease = Lease(client, may_fork=self.pressure < 1)
+        lease = Lease(client, may_fork=self.pressure(client) < 1)
         started = anyio.current_time()
         self._leases[lease] = None
         self._requests[client.name] += 1
@@ -113,7 +131,7 @@ class Admission:
 
     def _patience(self) -> int:
         """Whole seconds until about as many requests have ended as wait now."""
-        return max(1, min(60, math.ceil(self._seconds * self.pressure)))
+        return max(1, min(60, math.ceil(self._seconds * self.pressure())))
 
     @asynccontextmanager
     async def place(self, lease: Lease) -> AsyncGenerator[None, None]:
@@ -130,6 +148,8 @@ class Admission:
                 self.num_held -= 1
                 lease.num_held -= 1
                 self._held[lease.client.name] -= 1
+                if lease.engine is not None:
+                    self._held_on[lease.engine] -= 1
             else:
                 lease.waiting.remove(ticket)
                 self.num_waiting -= 1
@@ -137,10 +157,14 @@ class Admission:
 
     def _serve(self) -> None:
         """Give out free places."""
+        held, most = self._held, self.max_threads_per_key or self.max_threads
         while self.num_waiting and self.num_held < self.max_threads:
-            held = self._held
+            # An engine that holds none is never full: somebody has to come back and ask again.
+            full = {engine for engine, number in self._held_on.items() if number and engine.stats().queued}
             waiting = [
-                lease for lease in self._leases if lease.waiting and held[lease.client.name] < self.max_threads_per_key
+                lease
+                for lease in self._leases
+                if lease.waiting and held[lease.client.name] < most and lease.engine not in full
             ]
             if not waiting:
                 return
@@ -151,27 +175,53 @@ class Admission:
             lease.num_held += 1
             lease.peak = max(lease.peak, lease.num_held)
             held[lease.client.name] += 1
+            if lease.engine is not None:
+                self._held_on[lease.engine] += 1
             lease.waiting.popleft().set()
 
 
 class Lane:
-    """An engine as one request sees it: every call waits for a place first.
+    """An engine as one request sees it: every call waits for a place first, and an engine that fails is found out.
 
     Args:
         engine: Open; shared by all requests.
         admission: Has the places.
         lease: Whose calls these are.
+        timeout_s: An engine that says nothing for so long has failed.
+        vocab_size: Ids that an engine may sample are below it; None lets all pass.
     """
 
-    def __init__(self, engine: Engine, admission: Admission, lease: Lease) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        admission: Admission,
+        lease: Lease,
+        *,
+        timeout_s: float = math.inf,
+        vocab_size: int | None = None,
+    ) -> None:
         self._engine, self._admission, self._lease = engine, admission, lease
+        self._timeout_s, self._vocab_size = timeout_s, vocab_size
+        lease.engine = engine
         self.name, self.max_context = engine.name, engine.max_context
         self.supports_merge = engine.supports_merge
 
     async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
         async with self._admission.place(self._lease), aclosing(self._engine.generate(context, params)) as chunks:
-            async for chunk in chunks:
+            while True:
+                with anyio.move_on_after(self._timeout_s) as waited:
+                    chunk = await anext(chunks, None)
+                if waited.cancelled_caught:
+                    raise EngineTimeout(f"the {self.name} engine said nothing for {self._timeout_s:g} s")
+                if chunk is None:
+                    return
+                self._check(chunk.token_ids)
                 yield chunk
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if self._vocab_size is not None and any(not 0 <= id < self._vocab_size for id in ids):
+            bad = next(id for id in ids if not 0 <= id < self._vocab_size)
+            raise EngineProtocolError(f"C5: a chunk holds the id {bad}; the vocabulary has {self._vocab_size}")
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

@@ -35,6 +35,8 @@ class ServeConfig:
     """Names or paths; the first is the default. Empty: the embedded model and its sequential twin."""
     engine: str | None = None
     """Name of the engine for all models; None: each model's own."""
+    engine_options: tuple[str, ...] = ()
+    """`NAME=VALUE` each: of that engine, such as `cells=16384` and `max_seqs=128`."""
     api_keys: tuple[str, ...] = ()
     """Entries `NAME:sha256:HEX[:WEIGHT]`, as `plait serve --new-key NAME` prints them."""
     api_key_file: str | None = None
@@ -45,8 +47,8 @@ class ServeConfig:
     """Serve without keys on an address that others reach."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that the Host header may have, beside `host` and those of loopback; `*` is any."""
-    max_threads: int = 32
-    """Threads that sample at once, all requests together."""
+    max_threads: int | None = None
+    """Threads that sample at once, all requests together. None: as many as the engines say they hold."""
     max_threads_per_key: int | None = None
     max_requests: int = 256
     """Requests at once, waiting ones included."""
@@ -59,9 +61,17 @@ class ServeConfig:
     """A run ends with what it has after so long."""
     max_body_bytes: int = 1 << 20
     max_header_bytes: int = 16 << 10
+    max_headers: int = 100
+    header_timeout_s: float = 10.0
+    """For a request's headers to arrive."""
     body_timeout_s: float = 15.0
     """For a request's body to arrive."""
+    max_connections: int = 1024
     max_stream_bytes: int = 16 << 20
+    send_timeout_s: float = 30.0
+    """A client that reads nothing of its response for so long is left."""
+    engine_timeout_s: float = 60.0
+    """An engine that says nothing for so long has failed."""
     keep_alive_s: float = 15.0
     """A stream that says nothing for so long says a comment."""
     keep_runs: int = 64
@@ -92,8 +102,7 @@ class ServeConfig:
                 raise nearest(getattr(self, name), list(allowed), name)
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise RequestError(f"otlp_endpoint is {self.otlp_endpoint!r}; it must begin with http:// or https://")
-        if self.max_threads > 255:
-            raise RequestError(f"max_threads is {self.max_threads}; one engine holds at most 255 threads")
+        self.options()
 
     def keyring(self) -> Keyring:
         """The clients that may ask.
@@ -108,6 +117,23 @@ class ServeConfig:
                 " --api-key-file; or say --allow-anonymous"
             )
         return Keyring(entries)
+
+    def options(self) -> dict[str, Any]:
+        """The engine's options, as values.
+
+        Raises:
+            RequestError: One is not of the form `NAME=VALUE`.
+        """
+        values: dict[str, Any] = {}
+        for option in self.engine_options:
+            name, equals, text = option.partition("=")
+            if not equals or not name.strip().isidentifier():
+                raise RequestError(f"engine_options has {option!r}; each must be of the form NAME=VALUE")
+            try:
+                values[name.strip()] = tomllib.loads(f"value = {text}")["value"]
+            except tomllib.TOMLDecodeError:
+                values[name.strip()] = text.strip()
+        return values
 
     @property
     def hosts(self) -> frozenset[str]:
@@ -124,8 +150,8 @@ class ServeConfig:
 
 _POSITIVE = (
     *("max_threads", "max_threads_per_key", "max_requests", "max_requests_per_key", "max_threads_per_request"),
-    *("max_tokens", "request_timeout_s", "max_body_bytes", "max_header_bytes", "body_timeout_s", "max_stream_bytes"),
-    "keep_alive_s",
+    *("max_tokens", "request_timeout_s", "max_body_bytes", "max_header_bytes", "max_headers", "header_timeout_s"),
+    *("body_timeout_s", "max_connections", "max_stream_bytes", "send_timeout_s", "engine_timeout_s", "keep_alive_s"),
 )
 _HINTS = get_type_hints(ServeConfig)
 NAMES = tuple(f.name for f in fields(ServeConfig))

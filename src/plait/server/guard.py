@@ -77,6 +77,8 @@ class Guard:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self._config.max_header_bytes:
             text = f"the headers are larger than {self._config.max_header_bytes} bytes"
             raise Refusal(text, status=431, code="headers_too_large")
+        if len(scope["headers"]) > self._config.max_headers:
+            raise Refusal(f"more than {self._config.max_headers} headers", status=431, code="too_many_headers")
         if scope["path"] in OPEN:
             return ANONYMOUS
         hosts = self._config.hosts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import anyio
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -61,7 +62,11 @@ class Metrics:
         gauge("threads_waiting", "Threads that wait for a place", lambda: admission.num_waiting)
         gauge("threads_limit", "Places", lambda: admission.max_threads)
         gauge("requests_running", "Requests that run or wait", lambda: admission.num_requests)
+        gauge("requests_limit", "Requests at once", lambda: admission.max_requests)
+        gauge("tasks", "Asynchronous tasks of the server", lambda: len(anyio.get_running_tasks()))
         registry.register(_Engines(engines))
+        # process_resident_memory_bytes, process_open_fds and so on, by the names that every Prometheus client uses.
+        ProcessCollector(registry=registry)
 
     def render(self) -> bytes:
         """All of them, as a scrape reads them."""

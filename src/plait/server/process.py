@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
+from plait.server.connection import Connection
 from plait.server.service import Service
 
 log = logging.getLogger("plait.server")
@@ -30,7 +31,7 @@ class Process(uvicorn.Server):
                 app,
                 host=config.host,
                 port=config.port,
-                http="h11",
+                http=Connection.within(config),
                 ws="none",
                 # Engines are opened below, where a failure is an exception.
                 lifespan="off",
@@ -83,6 +84,10 @@ class Process(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if await super().on_tick(counter):
             return True
+        if counter % 10 == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Connection):
+                    connection.check(time.monotonic())
         if self._until is None:
             return False
         if time.monotonic() >= self._until:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -68,6 +69,8 @@ class Out:
     async def _write(self, body: bytes, *, more: bool = True) -> None:
         self._left -= len(body)
         if self._left < 0:
+            # What says so may still be sent.
+            self._left = sys.maxsize
             raise Refusal("the stream is longer than the server allows", status=413, code="stream_too_long")
         if not self.started:
             self.started = True
@@ -86,6 +89,11 @@ class Out:
                 await self._send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
             self._quiet = True
 
+    async def fail(self, failure: Exception) -> None:
+        """Say what went wrong, as the stream's last event."""
+        text = json.dumps(body_of(failure), separators=(",", ":"))
+        await self._send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -102,6 +110,7 @@ class Reply(Response):
         stream: Whether as events.
         last: What a stream ends with; None nothing.
         headers: Of the response, beside the usual.
+        fail: Says on a stream that has begun what went wrong.
     """
 
     def __init__(
@@ -112,9 +121,10 @@ class Reply(Response):
         stream: bool,
         last: str | None = DONE,
         headers: dict[str, str] | None = None,
+        fail: Callable[[Out, Exception], Awaitable[None]] = Out.fail,
     ) -> None:
         super().__init__()
-        self._service, self._work, self._stream, self._last = service, work, stream, last
+        self._service, self._work, self._stream, self._last, self._fail = service, work, stream, last, fail
         self._extra = headers or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -160,19 +170,15 @@ class Reply(Response):
             self._service.metrics.disconnects.inc()
             scope["state"]["status"] = 499
         elif failure is not None:
-            await self._fail(failure, out, scope)
+            if not out.started:
+                raise failure
+            scope["state"]["failure"] = failure
+            await self._fail(out, failure)
+            await out.end()
         elif self._stream:
             await out.end()
         else:
             await JSONResponse(body, headers=self._extra)(scope, receive, send)
-
-    async def _fail(self, failure: Exception, out: Out, scope: Scope) -> None:
-        if not out.started:
-            raise failure
-        scope["state"]["failure"] = failure
-        text = json.dumps(body_of(failure), separators=(",", ":"))
-        await out._send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
-        await out.end()
 
 
 def _start(status: int, headers: dict[str, str]) -> Message:

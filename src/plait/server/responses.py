@@ -26,7 +26,7 @@ router = APIRouter()
 async def responses(body: ResponsesRequest, asked: Annotated[Asked, Depends(asked)]) -> Reply:
     """Answer the last message of the input."""
     response = _Response(body, asked)
-    return Reply(asked.service, response.work, stream=bool(body.stream), last=None)
+    return Reply(asked.service, response.work, stream=bool(body.stream), last=None, fail=response.fail)
 
 
 class _Item:
@@ -83,27 +83,21 @@ class _Response:
 
     async def work(self, out: Out | None) -> dict[str, Any] | None:
         asked = self.asked
-        try:
-            async with asked.service.job(self.served, self.request, asked=asked, trace=self.trace) as job:
-                await self._send(out, "response.created", response=self._data(None))
-                await self._send(out, "response.in_progress", response=self._data(None))
-                transcript = Transcript(self.served.model.tokenizer, self.served.format)
-                async for event in job:
-                    for piece in transcript.read(event):
-                        await self._piece(out, piece)
-        except Exception as exc:
-            if out is None or not out.started:
-                raise
-            error = body_of(exc)["error"]
-            failed = self._data(None) | {
-                "status": "failed",
-                "error": {"code": "server_error", "message": error["message"]},
-            }
-            await self._send(out, "response.failed", response=failed)
-            return None
+        async with asked.service.job(self.served, self.request, asked=asked, trace=self.trace) as job:
+            await self._send(out, "response.created", response=self._data(None))
+            await self._send(out, "response.in_progress", response=self._data(None))
+            transcript = Transcript(self.served.model.tokenizer, self.served.format)
+            async for event in job:
+                for piece in transcript.read(event):
+                    await self._piece(out, piece)
         data = self._data(job)
         await self._send(out, f"response.{data['status']}", response=data)
         return data if out is None else None
+
+    async def fail(self, out: Out, failure: Exception) -> None:
+        """The last event of a stream that failed."""
+        error = {"code": "server_error", "message": body_of(failure)["error"]["message"]}
+        await self._send(out, "response.failed", response=self._data(None) | {"status": "failed", "error": error})
 
     async def _piece(self, out: Out | None, piece: Piece) -> None:
         if piece.kind == "open":

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 FINISH = {StopReason.EOS: "stop", StopReason.STOP: "stop", StopReason.LENGTH: "length", StopReason.BUDGET: "length"}
 """OpenAI's words for how a run ended; everything else is `stop`, and the `plait` block says more."""
+DEFAULT_THREADS = 32
+"""Places, where neither the config nor an engine says how many."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,7 +103,7 @@ class Service:
             raise RequestError(f"two models have the same name: {', '.join(one.name for one in served)}")
         self.default = served[0]
         self.admission = Admission(
-            max_threads=config.max_threads,
+            max_threads=config.max_threads or DEFAULT_THREADS,
             max_threads_per_key=config.max_threads_per_key,
             max_requests=config.max_requests,
             max_requests_per_key=config.max_requests_per_key,
@@ -127,13 +129,16 @@ class Service:
         """
         async with AsyncExitStack() as stack:
             for one in self.served.values():
-                options = {**_engine_options(one.engine_name, self.config), **one.options}
+                options = {**_engine_options(one.engine_name, self.config), **self.config.options(), **one.options}
                 one.engine = await stack.enter_async_context(one.model.open_engine(one.engine_name, **options))
                 if one.model.join == "merge" and not one.engine.supports_merge:
                     raise UnsupportedJoin(
                         f"{one.name} joins threads by merging their keys and values; the {one.engine_label} engine"
                         " takes plain token sequences only"
                     )
+            if self.config.max_threads is None:
+                told = [getattr(one.engine, "max_active", None) for one in self.served.values()]
+                self.admission.max_threads = min((n for n in told if n), default=DEFAULT_THREADS)
             if self.spans is not None:
                 await stack.enter_async_context(self.spans.sending())
             self.ready = True
@@ -171,6 +176,18 @@ class Service:
             Refusal: The server is full.
             RequestError, EngineError: See `plait.session.open_run`.
         """
+        with self.lane(served, asked) as (lane, lease):
+            async with _opened_job(asked, served, lane, lease, request, trace) as job:
+                yield job
+
+    @contextmanager
+    def lane(self, served: Served, asked: Asked) -> Iterator[tuple[Lane, Lease]]:
+        """A model's engine as one request may use it.
+
+        Raises:
+            Refusal: The server is full.
+            EngineUnavailable: It is not open.
+        """
         if served.engine is None:
             raise EngineUnavailable("the server is not ready")
         try:
@@ -180,9 +197,14 @@ class Service:
                 # One for all calls of the request, so that its forks find what it has computed.
                 affinity(f"plait-{secrets.token_hex(8)}", cache_salt=salt),
             ):
-                lane = Lane(served.engine, self.admission, lease)
-                async with _opened_job(asked, served, lane, lease, request, trace) as job:
-                    yield job
+                lane = Lane(
+                    served.engine,
+                    self.admission,
+                    lease,
+                    timeout_s=self.config.engine_timeout_s,
+                    vocab_size=len(served.model.tokenizer.tokens),
+                )
+                yield lane, lease
         except Refusal as exc:
             self.metrics.rejections.labels(exc.code).inc()
             raise
@@ -363,7 +385,7 @@ class Asked:
             "logprobs": options.trace,
         }
         if not isinstance(question, str):
-            return Request(prompt_ids=_checked(question, served, param), **settings)
+            return Request(prompt_ids=checked_ids(question, served, param), **settings)
         try:
             return model.request(question, **settings)
         except RequestError as exc:
@@ -379,7 +401,7 @@ class Asked:
         return trace
 
 
-def _checked(ids: Sequence[int], served: Served, param: str) -> tuple[int, ...]:
+def checked_ids(ids: Sequence[int], served: Served, param: str) -> tuple[int, ...]:
     """A client's own ids: in the vocabulary, and none that controls, but for the one that opens a prompt."""
     tokenizer = served.model.tokenizer
     for number, id in enumerate(ids):
@@ -420,4 +442,5 @@ def _engine_options(engine: str, config: ServeConfig) -> dict[str, Any]:
     if engine != "llamacpp":
         return {}
     # Each request also holds the context that its threads come from.
-    return {"max_seqs": min(256, 2 * config.max_threads), "cells": max(4096, 256 * config.max_threads)}
+    threads = config.max_threads or DEFAULT_THREADS
+    return {"max_seqs": min(256, 2 * threads), "cells": max(4096, 256 * threads)}

@@ -149,6 +149,12 @@ class HttpEngine:
             with anyio.CancelScope(shield=True):
                 await self._client.aclose()
 
+    @property
+    def max_active(self) -> int | None:
+        """Calls that the servers say they decode at once, all together; None where one of them does not say."""
+        slots = [server.num_slots for server in self.servers if server.num_slots]
+        return min(sum(slots), self._max_calls) if slots and len(slots) == len(self.servers) else None
+
     def stats(self) -> EngineStats:
         """Counters since it was opened. A prompt counts as computed as far as its server does not say it was cached."""
         return EngineStats(

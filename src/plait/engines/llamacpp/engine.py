@@ -21,6 +21,8 @@ from plait.engines.worker import WORKER
 from plait.errors import EngineUnavailable, RequestError
 from plait.types import SamplingParams, context_positions
 
+_THREAD_CELLS = 256
+"""Room for a thread and its share of the contexts it came from, where nothing else is known."""
 _SHORT = 2048
 """Contexts up to this many positions are computed faster with flash attention on the CPUs measured."""
 
@@ -74,6 +76,8 @@ class LlamaCppEngine(InProcessEngine):
         self.max_context = min(max_context or self._model.trained_context, self._cells - 1)
         if flash_attention is None:
             flash_attention = cache == "F16" and self.max_context <= _SHORT
+        self.max_active = max(1, min(max_seqs // 2, self._cells // _THREAD_CELLS))
+        """Calls that fit at once, with the contexts they came from; more wait for room."""
         self._pace = Pace.of(threads, model_bytes=Path(path).stat().st_size, cores=_cores())
         self._options: dict[str, Any] = {"flash": flash_attention, "wide_cache": cache == "F32"}
         self._max_seqs, self._keep, self._prefill_rows, self._flush_s = max_seqs, keep, prefill_rows, flush_s
