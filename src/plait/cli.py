@@ -326,6 +326,9 @@ SIGTERM lets running requests end; a second one does not.
     "--model", "models", multiple=True, metavar="NAME|PATH", help="May be repeated; the first is the default."
 )
 @_ENGINE
+@click.option(
+    "--engine-option", "engine_options", multiple=True, metavar="NAME=VALUE", help="Of that engine: cells, max_seqs, ..."
+)
 @click.option("--api-key-file", metavar="FILE", help="Entries of --new-key, one a line.")
 @click.option("--allow-anonymous", is_flag=True, default=None, help="No keys on an address that others reach.")
 @click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="A name of this server; *: any.")
@@ -338,9 +341,6 @@ SIGTERM lets running requests end; a second one does not.
 @click.option("--new-key", metavar="NAME", help="Print a fresh API key and its entry, and stop.")
 def serve(new_key: str | None, config: str | None, print_config: bool, **flags: Any) -> int:
     from plait.commands.serve import key
-@click.option(
-    "--engine-option", "engine_options", multiple=True, metavar="NAME=VALUE", help="Of that engine: cells, max_seqs, ..."
-)
     from plait.commands.serve import serve as run
 
     if new_key is not None:
