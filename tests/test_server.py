@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, ClassVar
 
@@ -559,6 +560,19 @@ def test_bodies_and_headers_have_limits() -> None:
 def test_a_request_id_is_kept_if_it_is_one(server: Running) -> None:
     assert server.get("/health", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
     assert server.get("/health", headers={"x-request-id": "a b\tc"}).headers["x-request-id"].startswith("req_")
+
+
+def test_the_budget_is_said_in_the_prompt_to_weights_that_were_trained_to_read_it(server: Running) -> None:
+    asked = ask(plait={"max_threads": 5, "conditioned": True})
+    refused = server.post("/v1/chat/completions", asked)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "plait.conditioned"
+    model = replace(gold_model("plait"), train={"data": {"budget": {"threads": [4]}}})
+    with serving(Served(model=model, engine_name="scripted")) as own:
+        asked["model"] = "gold-plait"
+        plain = ask(model="gold-plait", plait={"max_threads": 5, "conditioned": False})
+        counts = [own.post("/v1/chat/completions", body).json()["usage"]["prompt_tokens"] for body in (plain, asked)]
+        assert counts[1] - counts[0] == len("!4,-!")
 
 
 # Load ---------------------------------------------------------------------------------------------------------------

@@ -207,7 +207,8 @@ def test_a_run_starts_from_given_weights(tmp_path):
 
 
 def test_a_config_reads_back_what_was_written(tmp_path):
-    config = config_from({**TINY, "init": 'a "b"'})
+    budget = {"threads": [0, 4], "tokens": [256]}
+    config = config_from({**TINY, "init": 'a "b"', "data": {**TINY["data"], "budget": budget}})
     (tmp_path / "c.toml").write_text(to_toml(config))
     assert load_config(tmp_path / "c.toml") == config
     longer = load_config(tmp_path / "c.toml", {"schedule.steps": 99, "data.mixture.copy": 7})
@@ -225,6 +226,10 @@ def test_a_config_reads_back_what_was_written(tmp_path):
         ("data.traces", "serail", "did you mean 'serial'"),
         ("data.format", "multivers", "did you mean 'multiverse'"),
         ("data.mixture", {}, "needs a family"),
+        ("data.budget", {"thread": [1]}, "did you mean 'threads'"),
+        ("data.budget", {}, "needs threads, tokens or both"),
+        ("data.budget", {"tokens": [0]}, "tokens 1 or more"),
+        ("data.budget", {"threads": [4]}, "no way to write a budget"),
     ],
 )
 def test_a_wrong_config_says_what_is_allowed(tmp_path, path, value, message):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import anyio
 
-from plait.types import Budget
+from plait.tree import Segment, Tree
+from plait.types import Budget, StopReason
 
 UNLIMITED = sys.maxsize
 
@@ -47,6 +49,54 @@ class Share:
     def take_back(self, rest: Share) -> None:
         self.tokens += rest.tokens
         self.threads += rest.threads
+
+
+def fits(tree: Tree, budget: Budget) -> bool:
+    """Whether a run within these limits could have been this one: no fork of it is declined, no segment is ended.
+
+    Knows the limits that a program is divided by: threads, tokens and depth. The deadline and the engine's context are
+    not in a tree.
+    """
+    own: dict[str, list[Segment]] = {}
+    for segment in tree.segments.values():
+        own.setdefault(segment.thread, []).append(segment)
+
+    def rest(thread: str, share: Share) -> Share | None:
+        """What a thread leaves of its share; None where it is not enough."""
+        depth, sampled, lent = thread.count("/"), 0, dict[str, Share]()
+        for segment in own[thread]:
+            for joined in segment.joins:
+                if (back := lent.pop(tree.segments[joined].thread, None)) is not None:
+                    share.take_back(back)
+            number = segment.id.rpartition(":")[2]
+            share.tokens -= len(segment.sampled_ids)
+            sampled += len(segment.sampled_ids)
+            if share.tokens < 0 or sampled > limit(budget.max_thread_tokens):
+                return None
+            branches = [f"{thread}/{number}.{i}" for i in range(_count(own, f"{thread}/{number}."))]
+            n = len(branches)
+            if not n:
+                continue
+            allowed = min(share.threads, limit(budget.max_threads_per_fork))
+            if n > allowed or share.tokens <= n or depth >= limit(budget.max_depth):
+                return None
+            for branch, part in zip(branches, share.split(n), strict=True):
+                left = rest(branch, part)
+                if left is None:
+                    return None
+                # A thread that was cut gives nothing back.
+                if all(s.stop is not StopReason.CANCELLED for s in own[branch]):
+                    lent[branch] = left
+        return share
+
+    return rest("0", Share.whole(budget)) is not None
+
+
+def _count(threads: Mapping[str, object], prefix: str) -> int:
+    count = 0
+    while f"{prefix}{count}" in threads:
+        count += 1
+    return count
 
 
 class Gate:

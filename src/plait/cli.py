@@ -9,11 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from plait import __version__
+
+if TYPE_CHECKING:
+    from plait.types import Budget
 
 FAILED, REFUSED, STOPPED, CLOSED = 1, 2, 130, 141
 
@@ -130,6 +133,9 @@ Threads are shown side by side on a terminal, as plain lines elsewhere.
 @click.option("--max-tokens", type=int, metavar="N", help="Tokens at most, all threads together.")
 @click.option("--deadline", type=float, metavar="S", help="Seconds at most.")
 @click.option(
+    "--conditioned/--unconditioned", default=None, help="Say the budget in the prompt; default: as it was trained."
+)
+@click.option(
     "--temperature", type=click.FloatRange(min=0), metavar="T", default=0.0, show_default=True, help="0 is greedy."
 )
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Same seed, same run.")
@@ -147,13 +153,10 @@ def solve(
 ) -> int:
     from plait.commands.solve import Options
     from plait.commands.solve import solve as run
-    from plait.types import Budget
 
-    limits = {"max_threads": max_threads, "max_tokens": max_tokens, "deadline_s": deadline}
-    budget = Budget(**{name: value for name, value in limits.items() if value is not None})
     if question == "-":
         question = sys.stdin.read().strip()
-    return run(question, Options(budget=budget, **options))
+    return run(question, Options(budget=_budget(max_threads, max_tokens, deadline), **options))
 
 
 @main.command(
@@ -183,15 +186,24 @@ With --out each result is written at once, and the same command goes on later.
 @_ENGINE
 @_TWIN
 @click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="At once; default 16, with --compare 1.")
+@click.option("--max-threads", type=int, metavar="N", help="Forked threads of a run at most.")
+@click.option("--max-tokens", type=int, metavar="N", help="Tokens of a run at most.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Which problems are drawn.")
 @click.option("--split", type=click.Choice(["held_out", "train"]), default="held_out", show_default=True)
 @_KNOBS
-@click.option("--max-threads", type=int, metavar="N", help="Forked threads of a run at most.")
-@click.option("--max-tokens", type=int, metavar="N", help="Tokens of a run at most.")
 def evaluate(families: str, max_threads: int | None, max_tokens: int | None, **options: Any) -> int:
     from plait.commands.evaluate import Options, evaluation
 
-    return evaluation(Options(families=[name.strip() for name in families.split(",") if name.strip()], **options))
+    names = [name.strip() for name in families.split(",") if name.strip()]
+    return evaluation(Options(families=names, budget=_budget(max_threads, max_tokens), **options))
+
+
+def _budget(max_threads: int | None, max_tokens: int | None, deadline_s: float | None = None) -> Budget:
+    """The default limits, where nothing else was said."""
+    from plait.types import Budget
+
+    limits = {"max_threads": max_threads, "max_tokens": max_tokens, "deadline_s": deadline_s}
+    return Budget(**{name: value for name, value in limits.items() if value is not None})
 
 
 @main.group(help="Read logs of runs.")

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,9 @@ class Record:
     concurrency: int
     """Problems that ran at the same time: wall times of different ones do not compare."""
     seed: int
+    max_threads: int | None = Budget().max_threads
+    """The run's limits."""
+    max_tokens: int | None = Budget().max_tokens
 
     @property
     def predicted_saving(self) -> float | None:
@@ -243,12 +246,14 @@ def read_records(path: str | Path) -> list[Record]:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     except OSError as exc:
         raise LogError(f"cannot read {path}: {exc.strerror}") from exc
-    names = [f.name for f in fields(Record)]
+    names = [f.name for f in fields(Record) if f.default is MISSING]
     records: list[Record] = []
     for number, line in enumerate(lines, 1):
         try:
             data = json.loads(line)
-            records.append(Record(**{name: data[name] for name in names}))
+            # Files of before there were limits in them are of the usual ones.
+            limits = {name: data[name] for name in ("max_threads", "max_tokens") if name in data}
+            records.append(Record(**{name: data[name] for name in names}, **limits))
         except (ValueError, KeyError, TypeError) as exc:
             raise RequestError(
                 f"{path}, line {number} is not a result of `plait eval` ({exc!r}); give another --out"
@@ -301,6 +306,8 @@ class _Runner:
             prompt_ids=prompt_ids(self.tokenizer, problem.prompt),
             budget=self.budget,
             seed=self.seed,
+            # Weights that were trained to read a budget are told it.
+            conditioned=self.format.levels is not None,
             # They cost a softmax a token: only for who reads them.
             logprobs=self.on_run is not None,
         )
@@ -337,6 +344,8 @@ class _Runner:
             parallel_cost=problem.shape.get("parallel_cost"),
             concurrency=self.concurrency,
             seed=self.seed,
+            max_threads=self.budget.max_threads,
+            max_tokens=self.budget.max_tokens,
         )
 
 

@@ -67,7 +67,7 @@ def evaluation(options: Options) -> int:
     concurrency = 1 if twin else options.concurrency or 16
     earlier = read_records(options.out) if options.out else []
     sides = [side for side in (choice, twin) if side is not None]
-    kept = _kept(earlier, drawn, sides, concurrency, options.seed)
+    kept = _kept(earlier, drawn, sides, concurrency, options)
     with RecordFile(options.out) if options.out else nullcontext() as file:
         progress = _Progress(len(drawn) * len(sides), len(kept))
 
@@ -96,15 +96,16 @@ Kept = dict[tuple[str, str], Record]
 
 
 def _kept(
-    earlier: Sequence[Record], drawn: Sequence[Problem], sides: Sequence[Choice], concurrency: int, seed: int
+    earlier: Sequence[Record], drawn: Sequence[Problem], sides: Sequence[Choice], concurrency: int, options: Options
 ) -> Kept:
     """Earlier records that are what this call would measure, by prompt and model."""
     prompts = {problem.prompt for problem in drawn}
     models = {side.model.id for side in sides}
+    wanted = concurrency, options.seed, options.budget.max_threads, options.budget.max_tokens
     return {
         (r.prompt, r.model): r
         for r in earlier
-        if r.prompt in prompts and r.model in models and r.concurrency == concurrency and r.seed == seed
+        if r.prompt in prompts and r.model in models and (r.concurrency, r.seed, r.max_threads, r.max_tokens) == wanted
     }
 
 
@@ -184,6 +185,8 @@ def _print(records: Sequence[Record], sides: Sequence[Choice], options: Options)
             "split": options.split,
             "seed": options.seed,
             "concurrency": at_once,
+            "max_threads": options.budget.max_threads,
+            "max_tokens": options.budget.max_tokens,
         }
         print(json.dumps(about | result(own, twin)))
     else:

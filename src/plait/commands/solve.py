@@ -53,6 +53,8 @@ class Options:
     seed: int = 0
     temperature: float = 0.0
     budget: Budget = field(default_factory=Budget)
+    conditioned: bool | None = None
+    """Whether the prompt says the budget; None: as the weights were trained."""
     pace: Pace = "auto"
     lanes: bool | None = None
     """True: panes and lanes; False: plain lines; None: as standard output is."""
@@ -219,8 +221,11 @@ class _Solve:
 
     def _request(self, side: _Side) -> Request:
         options = self.options
+        # The twin has one line of reasoning, whatever the budget.
+        said = {"conditioned": options.conditioned} if options.conditioned is not None and side.model.forks else {}
         return side.model.request(
             self.problem.prompt,
+            **said,
             budget=options.budget,
             temperature=options.temperature,
             seed=options.seed,

@@ -33,6 +33,7 @@ from plait.errors import RequestError
 from plait.formats.base import (
     Block,
     Branch,
+    BudgetLevels,
     Fork,
     Join,
     Malformed,
@@ -57,6 +58,7 @@ _GENERATED = re.compile(rf"Generated Node #({_NODE}): (\d+:\[[\d, ]*\]) Operatio
 _GOAL = re.compile(r"(\d+),\1 equal: Goal Reached$")
 _UNEQUAL = re.compile(r"\d+,\d+ unequal: No Solution$")
 _NO_SOLUTION = re.compile(r"No solution", re.IGNORECASE)
+_BUDGET = re.compile(r"Sub Call Budget: (\d+) ")
 _LINES = (_MOVING, _STATE, _EXPLORING, _GENERATED, _GOAL, _UNEQUAL, re.compile(r"No solution found\.$"))
 _RESULT = re.compile(rf"<(Goal Reached|No Solution) in Sub Search (\d+) at level (\d+)(?: at Node #({_NODE}))?>$")
 
@@ -68,7 +70,8 @@ class APR(TrajectoryFormat):
     paper: str = "arXiv:2504.15466"
     join_kind: JoinKind = "message"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, levels: BudgetLevels | None = None) -> None:
+        self.levels = levels
         self._tokenizer = tokenizer
         self._eos = tokenizer.eos_ids
         self._call, self._end_call = self._control(_CALL), self._control(_END_CALL)
@@ -139,12 +142,23 @@ class APR(TrajectoryFormat):
 
     def condition(self, prompt_ids: Sequence[int], budget: Budget) -> tuple[int, ...]:
         """Children for each call before the prompt, as in the paper: `Sub Call Budget: 10 `."""
-        limits = [limit for limit in (budget.max_threads_per_fork, budget.max_threads) if limit is not None]
+        told = budget if self.levels is None else self.levels.within(budget)
+        limits = [limit for limit in (told.max_threads_per_fork, told.max_threads) if limit is not None]
         if not limits:
             raise RequestError("the apr format writes the number of children into the prompt; max_threads sets none")
         bos = self._tokenizer.bos_ids
         at = len(bos) if tuple(prompt_ids[: len(bos)]) == bos else 0
         return (*prompt_ids[:at], *self._tokenizer.encode(f"Sub Call Budget: {min(limits)} "), *prompt_ids[at:])
+
+    def conditioned(self, prompt_ids: Sequence[int]) -> tuple[Budget, tuple[int, ...]]:
+        bos = self._tokenizer.bos_ids
+        at = len(bos) if tuple(prompt_ids[: len(bos)]) == bos else 0
+        match = _BUDGET.match(self._tokenizer.decode(prompt_ids[at:]))
+        if match is None:
+            return super().conditioned(prompt_ids)
+        rest = prompt_ids[at + len(self._tokenizer.encode(match[0])) :]
+        limits = Budget(max_threads=None, max_threads_per_fork=int(match[1]), max_tokens=None)
+        return limits, (*prompt_ids[:at], *rest)
 
     def refuse(self, block: Block, depth: int) -> None:
         if depth or any(isinstance(part, (Block, Return)) for thread in block.threads for part in thread):

@@ -7,7 +7,7 @@ A `Trajectory` is a run before it has tokens: what data generators write and wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 from plait.errors import RequestError
@@ -97,6 +97,33 @@ class Caps:
     """Sampled tokens that must be left to a thread for a block to open."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetLevels:
+    """The limits that weights were trained to read in a prompt; a prompt says no other."""
+
+    threads: tuple[int, ...] = ()
+    """Empty: the prompt never says how many threads there are."""
+    tokens: tuple[int, ...] = ()
+
+    def within(self, budget: Budget) -> Budget:
+        """What a prompt says of a budget: of each limit the largest level that it allows.
+
+        Weights are never promised more than there is. A limit below all levels is said as it is.
+        """
+        return replace(
+            budget,
+            max_threads=_said(budget.max_threads, self.threads),
+            max_threads_per_fork=_said(budget.max_threads_per_fork, self.threads),
+            max_tokens=_said(budget.max_tokens, self.tokens),
+        )
+
+
+def _said(limit: int | None, levels: tuple[int, ...]) -> int | None:
+    if not levels:
+        return None
+    return max((level for level in levels if limit is None or level <= limit), default=limit)
+
+
 class TrajectoryFormat(Protocol):
     """Where a thread forks, how each branch opens, what the parent reads at the join.
 
@@ -109,6 +136,8 @@ class TrajectoryFormat(Protocol):
     fork_ids: tuple[int, ...]
     """Control ids that begin a block: banned where the budget declines forks."""
     caps: Caps = Caps()
+    levels: BudgetLevels | None = None
+    """What the weights were trained to read of a budget; None: they were not, or it is not known."""
 
     def stop_ids(self, depth: int) -> tuple[int, ...]:
         """Ids that end a call of a thread at this depth (root: 0). End-of-sequence ids are `eos_ids`."""
@@ -139,6 +168,10 @@ class TrajectoryFormat(Protocol):
             RequestError: The format has no such form.
         """
         raise RequestError(f"the {self.name} format has no way to write a budget into a prompt (plait and apr have)")
+
+    def conditioned(self, prompt_ids: Sequence[int]) -> tuple[Budget, tuple[int, ...]]:
+        """The inverse of `condition`: the limits that a prompt says, and the prompt without them."""
+        return Budget(max_threads=None, max_tokens=None), tuple(prompt_ids)
 
     def closer_ids(self, outcome: ThreadOutcome) -> tuple[int, ...]:
         """What the runtime appends to a thread that did not close itself; empty where it did."""

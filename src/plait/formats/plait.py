@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from plait.formats.base import Block, ThreadOutcome, ids
+from plait.formats.base import Block, BudgetLevels, ThreadOutcome, ids
 from plait.formats.tagged import NUMBER
 from plait.formats.threadweaver import ThreadWeaver
 from plait.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ from plait.types import Budget, JoinKind
 
 _NUMBERED = re.compile(rf"\s*({NUMBER})\s*(?:\(([^()]*)\))?\s*:\s*(.*?)\s*$", re.DOTALL)
 _RACE = "?"
+_BUDGET = re.compile(r"!(\d+|-),([1-9]\d*|-)!")
 
 
 class Plait(ThreadWeaver):
@@ -44,8 +45,9 @@ class Plait(ThreadWeaver):
     dependent: bool = True
     racing: bool = True
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, levels: BudgetLevels | None = None) -> None:
         super().__init__(tokenizer)
+        self.levels = levels
         self._return_open = self._control("<Conclusion>")
         self._return_close = self._control("</Conclusion>")
         self._lead = ids(tokenizer, self.lead)
@@ -104,10 +106,25 @@ class Plait(ThreadWeaver):
 
     def condition(self, prompt_ids: Sequence[int], budget: Budget) -> tuple[int, ...]:
         """Threads and tokens before the prompt, `!8,512!`: powers of two, so that a model meets few of them."""
-        text = f"!{_level(budget.max_threads)},{_level(budget.max_tokens)}!"
-        start = len(self._tokenizer.bos_ids)
-        at = start if tuple(prompt_ids[:start]) == self._tokenizer.bos_ids else 0
+        told = budget if self.levels is None else self.levels.within(budget)
+        text = f"!{_level(told.max_threads)},{_level(told.max_tokens)}!"
+        at = self._start(prompt_ids)
         return (*prompt_ids[:at], *self._tokenizer.encode(text), *prompt_ids[at:])
+
+    def conditioned(self, prompt_ids: Sequence[int]) -> tuple[Budget, tuple[int, ...]]:
+        at = self._start(prompt_ids)
+        text = self._tokenizer.decode(prompt_ids[at:])
+        match = _BUDGET.match(text)
+        if match is None:
+            return super().conditioned(prompt_ids)
+        threads, tokens = (None if said == "-" else int(said) for said in match.groups())
+        rest = prompt_ids[at + len(self._tokenizer.encode(match[0])) :]
+        return Budget(max_threads=threads, max_tokens=tokens), (*prompt_ids[:at], *rest)
+
+    def _start(self, prompt_ids: Sequence[int]) -> int:
+        """Where the text of a prompt begins."""
+        bos = self._tokenizer.bos_ids
+        return len(bos) if tuple(prompt_ids[: len(bos)]) == bos else 0
 
     def _unspaced(self, text: str) -> str:
         return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plait.models.gold import gold_model
+from plait.models.gold import gold_model, gold_tree
 from plait.models.model import DEFAULT, NAMES, WEIGHTS, Model, load_model, prompt_ids, response_text, twin_name
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "WEIGHTS",
     "Model",
     "gold_model",
+    "gold_tree",
     "load_model",
     "prompt_ids",
     "response_text",

@@ -11,12 +11,14 @@ from functools import lru_cache
 from typing import Literal
 
 from plait import tasks
+from plait.budget import fits
 from plait.engines.scripted import Script
-from plait.formats import format_class, open_format, render
+from plait.formats import TrajectoryFormat, format_class, open_format, render
 from plait.models.model import Model, prompt_ids
 from plait.tasks.vocabulary import TOKENIZER
+from plait.tokenizer import FixedTokenizer
 from plait.tree import Tree
-from plait.types import Context, Merge
+from plait.types import Budget, Context, Merge
 
 NAME = "gold"
 PLACE = re.compile("[a-z]")
@@ -53,11 +55,9 @@ def gold_script(format: str, *, parallel: bool) -> Script:
     opened = open_format(format, TOKENIZER)
 
     @lru_cache(maxsize=256)
-    def said(prompt: str) -> dict[Context, list[int]]:
+    def said(prompt: str, limits: Budget | None) -> dict[Context, list[int]]:
         problem = tasks.parse(prompt)
-        ids = prompt_ids(TOKENIZER, problem.prompt)
-        trace = tasks.gold(problem, parallel=parallel)
-        tree: Tree = render(trace, format=opened, tokenizer=TOKENIZER, prompt_ids=ids)
+        tree = gold_tree(problem, format=opened, tokenizer=TOKENIZER, parallel=parallel, budget=limits)
         out: dict[Context, list[int]] = {}
         for segment in tree.segments.values():
             out.setdefault(tree.context(segment.id), segment.sampled_ids)
@@ -66,8 +66,50 @@ def gold_script(format: str, *, parallel: bool) -> Script:
     def script(context: Context) -> list[int]:
         first = context[0]
         assert not isinstance(first, Merge), "a context begins with its prompt"
-        text = PLACE.sub("", TOKENIZER.decode(first[len(TOKENIZER.bos_ids) :]))
+        limits, asked = opened.conditioned(first)
+        text = PLACE.sub("", TOKENIZER.decode(asked[len(TOKENIZER.bos_ids) :]))
         # A budget can lead where no gold trace goes: then there is nothing to say.
-        return said(f"{text.partition('?')[0]}?").get(context, list(TOKENIZER.eos_ids))
+        known = said(f"{text.partition('?')[0]}?", None if asked == first else limits)
+        return known.get(context, list(TOKENIZER.eos_ids))
 
     return script
+
+
+def gold_tree(
+    problem: tasks.Problem,
+    *,
+    format: TrajectoryFormat,
+    tokenizer: FixedTokenizer,
+    parallel: bool = True,
+    budget: Budget | None = None,
+) -> Tree:
+    """The tree of a problem's gold solution in a format.
+
+    Args:
+        problem: What is solved.
+        format, tokenizer: What it is written in.
+        parallel: False: on one line.
+        budget: Is said in the prompt, and kept where it can be: the solution with the most threads that fits, by
+            `plait.budget.fits`, else the one on one line. None: nothing is said, and as many threads as help.
+
+    Raises:
+        RequestError: The format has no form for a part of it, or for a budget.
+    """
+    ids = prompt_ids(tokenizer, problem.prompt)
+    plait = format.name == "plait"
+
+    def solved(max_threads: int | None, *, parallel: bool) -> Tree:
+        trace = tasks.gold(problem, parallel=parallel, max_threads=max_threads, plait=plait)
+        return render(trace, format=format, tokenizer=tokenizer, prompt_ids=ids)
+
+    if budget is None:
+        return solved(None, parallel=parallel)
+    ids = format.condition(ids, budget)
+    most = [limit for limit in (budget.max_threads, budget.max_threads_per_fork) if limit is not None]
+    threads = min(most) if format.name == "apr" and most else budget.max_threads
+    while parallel and threads != 0:
+        tree = solved(threads, parallel=True)
+        if fits(tree, budget) or not tree.num_threads:
+            return tree
+        threads = tree.num_threads - 1
+    return solved(0, parallel=False)

@@ -17,7 +17,7 @@ from plait import tasks
 from plait.engines import Engine, is_address, open_engine
 from plait.engines.scripted import Script
 from plait.errors import ModelError, RequestError, nearest
-from plait.formats import FORMATS, TrajectoryFormat, open_format
+from plait.formats import FORMATS, BudgetLevels, TrajectoryFormat, open_format
 from plait.models.header import Header, read_header
 from plait.tokenizer import FixedTokenizer, Tokenizer
 from plait.tree import Tree
@@ -61,6 +61,11 @@ class Model:
         return f"{self.name}@{self.digest[:8]}" if self.digest else self.name
 
     @property
+    def forks(self) -> bool:
+        """Whether its format has threads at all."""
+        return self.join != "none"
+
+    @property
     def engine(self) -> str:
         """Name of the engine that runs it where none is asked for."""
         return "llamacpp" if self.script is None else "scripted"
@@ -74,7 +79,15 @@ class Model:
     @property
     def format(self) -> TrajectoryFormat:
         """That format, over this model's vocabulary."""
-        return open_format(self.format_name, self.tokenizer)
+        return open_format(self.format_name, self.tokenizer, **({"levels": self.levels} if self.levels else {}))
+
+    @property
+    def levels(self) -> BudgetLevels | None:
+        """What these weights were trained to read of a budget in their prompt; None: they were not."""
+        said: Mapping[str, Any] | None = self.train.get("data", {}).get("budget")
+        if said is None:
+            return None
+        return BudgetLevels(threads=tuple(said.get("threads", ())), tokens=tuple(said.get("tokens", ())))
 
     def open_engine(self, name: str | None = None, **options: Any) -> Engine:
         """An engine over these weights, not started.
@@ -99,11 +112,15 @@ class Model:
         """A question in plain words as a request.
 
         Args:
-            settings: Of the `Request`: budget, temperature, seed and so on.
+            settings: Of the `Request`: budget, temperature, seed and so on. `conditioned` is by default as the weights
+                were trained.
 
         Raises:
-            RequestError: No family that this model was trained on has such questions; the message says which have.
+            RequestError: No family that this model was trained on has such questions; the message says which have. Or
+                the prompt is to say the budget, which these weights were not trained to read.
         """
+        if settings.setdefault("conditioned", self.levels is not None) and self.levels is None and self.script is None:
+            raise RequestError(f"{self.name} was not trained to read a budget in its prompt; leave out `conditioned`")
         problem = tasks.parse(question)
         if self.families and problem.family not in self.families:
             raise RequestError(

@@ -46,6 +46,8 @@ class PlaitOptions(BaseModel):
     max_thread_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    conditioned: bool | None = None
+    """Whether the prompt says the budget; by default as the weights were trained."""
     join: Literal["all"] = "all"
     """A join waits for all threads of its block; those that a limit ends are joined with what they have."""
     stream: Literal["ordered", "interleaved", "final"] = "ordered"

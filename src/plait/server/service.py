@@ -384,6 +384,10 @@ class Asked:
             # Only a trace shows log-probabilities.
             "logprobs": options.trace,
         }
+        if options.conditioned is not None:
+            if options.conditioned and model.levels is None:
+                raise Refusal(f"{model.name} was not trained to read a budget in its prompt", param="plait.conditioned")
+            settings["conditioned"] = options.conditioned
         if not isinstance(question, str):
             return Request(prompt_ids=checked_ids(question, served, param), **settings)
         try:

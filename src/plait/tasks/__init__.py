@@ -9,8 +9,8 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 from plait.errors import RequestError, nearest
-from plait.formats.base import Trajectory
-from plait.tasks.base import Family, Problem
+from plait.formats.base import Block, Trajectory
+from plait.tasks.base import Budgeted, Family, Problem
 from plait.tasks.bundle import Bundle
 from plait.tasks.control import Control
 from plait.tasks.countdown import Countdown
@@ -111,10 +111,28 @@ def known() -> str:
     return "What the embedded model was trained on:\n" + "\n".join(f"  {f.name}: {f.about}" for f in _FAMILIES)
 
 
-def gold(problem: Problem, *, parallel: bool) -> Trajectory:
-    """The gold solution: with blocks where forking is right and wanted, else on one line."""
+def gold(problem: Problem, *, parallel: bool, max_threads: int | None = None, plait: bool = False) -> Trajectory:
+    """The gold solution: with blocks where forking is right and wanted, else on one line.
+
+    Args:
+        problem: What is solved.
+        parallel: False: on one line.
+        max_threads: Threads that it may fork; None: as many as help. A family that is not `Budgeted` knows one number
+            of threads for each problem, and is on one line where there are fewer.
+        plait: Whether what only the plait format has may be used.
+    """
     chosen = family(problem.family)
-    return chosen.parallel(problem) if parallel and problem.forks else chosen.serial(problem)
+    if not parallel or not problem.forks:
+        return chosen.serial(problem)
+    if isinstance(chosen, Budgeted):
+        return chosen.within(problem, max_threads, plait=plait)
+    trace = chosen.parallel(problem)
+    return trace if max_threads is None or num_threads(trace) <= max_threads else chosen.serial(problem)
+
+
+def num_threads(trace: Trajectory) -> int:
+    """Threads that a trajectory forks, those of threads included."""
+    return sum(1 + num_threads(thread) for part in trace if isinstance(part, Block) for thread in part.threads)
 
 
 def answer_of(text: str) -> str | None:
@@ -131,6 +149,7 @@ def grade(problem: Problem, text: str) -> bool:
 
 __all__ = [
     "FAMILIES",
+    "Budgeted",
     "Family",
     "Problem",
     "Split",
@@ -140,6 +159,7 @@ __all__ = [
     "grade",
     "held_out",
     "known",
+    "num_threads",
     "parse",
     "problems",
     "sample",

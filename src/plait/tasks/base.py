@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from plait.formats.base import Trajectory
 
@@ -62,4 +62,19 @@ class Family(Protocol):
 
     def parallel(self, problem: Problem) -> Trajectory:
         """The gold solution with blocks of threads."""
+        ...
+
+
+@runtime_checkable
+class Budgeted(Protocol):
+    """A family whose gold solutions use the threads that they are given, and what only the plait format has."""
+
+    def within(self, problem: Problem, max_threads: int | None, *, plait: bool) -> Trajectory:
+        """The gold solution that forks at most so many threads.
+
+        Args:
+            problem: One of this family.
+            max_threads: In the whole run; None: as many as help. 0: one line.
+            plait: True: with dependencies, nesting, races and conclusions; False: flat blocks, for every other format.
+        """
         ...

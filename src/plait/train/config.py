@@ -13,6 +13,7 @@ from plait import tasks
 from plait.errors import RequestError, nearest
 from plait.tasks.vocabulary import TOKENIZERS
 from plait.tokenizer import FixedTokenizer
+from plait.train.data import BudgetConfig
 from plait.train.metrics import SINKS
 from plait.train.model import ModelConfig
 
@@ -35,6 +36,8 @@ class DataConfig:
     """Shapes of batches as [rows, length]; about as many slots each."""
     spans: int | None = None
     """Hidden spans a token may have; None: what the format's join needs without nesting."""
+    budget: BudgetConfig | None = None
+    """Prompts say a budget, and traces keep it; None: they do not."""
 
     def __post_init__(self) -> None:
         if self.vocabulary not in TOKENIZERS:
@@ -192,6 +195,9 @@ def config_from(data: Mapping[str, Any]) -> SFTConfig:
             section.setdefault("vocab_size", len(words.tokens) if words else 0)
         if name == "data" and "buckets" in section:
             section["buckets"] = tuple((int(rows), int(length)) for rows, length in section["buckets"])
+        if name == "data" and section.get("budget") is not None:
+            levels = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(section["budget"]).items()}
+            section["budget"] = build(BudgetConfig, levels, "[data.budget]")
         parts[name] = build(cls, section, f"[{name}]")
     if "sinks" in parts:
         parts["sinks"] = tuple(parts["sinks"])

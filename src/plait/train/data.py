@@ -9,17 +9,21 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from plait import tasks
+from plait.budget import fits
 from plait.errors import RequestError, nearest
-from plait.formats import open_format, render
-from plait.models import prompt_ids
+from plait.formats import open_format
+from plait.models import gold_tree
 from plait.tasks.vocabulary import TOKENIZER
 from plait.tokenizer import FixedTokenizer
 from plait.train.packing import PackedBatch, Packer
 from plait.train.trie import TrieBatch, flatten
 from plait.tree import Tree
+from plait.types import Budget
 
 Source: TypeAlias = Callable[[str, random.Random, Literal["train", "held_out"]], Tree]
 """Draws one gold trace: family name, random numbers, split (`train` or `held_out`)."""
@@ -84,8 +88,45 @@ class Stream:
         return family, flatten(self._source(family, rng, "train"))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetConfig:
+    """Limits that are drawn for each example, said in its prompt and kept by its trace."""
+
+    threads: tuple[int, ...] = ()
+    """Drawn evenly; empty: the prompt does not say how many."""
+    tokens: tuple[int, ...] = ()
+    share: float = 1.0
+    """Of the examples; the prompts of the others say nothing."""
+
+    def __post_init__(self) -> None:
+        if not self.threads and not self.tokens:
+            raise RequestError("[data.budget] needs threads, tokens or both: the limits to draw from")
+        for name, levels in (("threads", self.threads), ("tokens", self.tokens)):
+            if any(level < (name == "tokens") for level in levels):
+                raise RequestError(f"[data.budget] {name} is {list(levels)}; threads are 0 or more, tokens 1 or more")
+        if not 0 < self.share <= 1:
+            raise RequestError(f"[data.budget] share is {self.share}; it must be above 0 and at most 1")
+
+    def draw(self, rng: random.Random) -> Budget:
+        """The threads are those of the whole run and of each fork alike."""
+        threads = rng.choice(self.threads) if self.threads else None
+        tokens = rng.choice(self.tokens) if self.tokens else None
+        return Budget(max_threads=threads, max_threads_per_fork=threads, max_tokens=tokens)
+
+    def more(self, budget: Budget) -> Budget:
+        """The next limit of tokens above one that is not enough: a level, beyond all levels a power of two."""
+        assert budget.max_tokens is not None, "one line needs no threads"
+        above = (level for level in sorted(self.tokens) if level > budget.max_tokens)
+        return replace(budget, max_tokens=next(above, 1 << budget.max_tokens.bit_length()))
+
+
 def gold_source(
-    format: str, *, traces: str, tokenizer: FixedTokenizer = TOKENIZER, knobs: Mapping[str, Mapping[str, Any]] = {}
+    format: str,
+    *,
+    traces: str,
+    tokenizer: FixedTokenizer = TOKENIZER,
+    knobs: Mapping[str, Mapping[str, Any]] = {},
+    budget: BudgetConfig | None = None,
 ) -> Source:
     """Gold traces of `plait.tasks` in a trajectory format.
 
@@ -94,6 +135,7 @@ def gold_source(
         traces: `parallel` forks where the problem says that forking is right; `serial` never does: the twin.
         tokenizer: What they are written in.
         knobs: What the problems of a family are drawn from, by family.
+        budget: Limits to draw; the prompt says them and the trace keeps them.
 
     Raises:
         RequestError: No format has this name, or `traces` is neither.
@@ -102,11 +144,21 @@ def gold_source(
         raise nearest(traces, ["parallel", "serial"], "kind of trace")
     opened = open_format(format, tokenizer)
     families = {name: tasks.family(name, knobs.get(name)) for name in tasks.FAMILIES}
+    if budget is not None:
+        # A format that cannot say it is refused before the first step.
+        opened.condition(tokenizer.bos_ids, budget.draw(random.Random(0)))
 
     def draw(family: str, rng: random.Random, split: Literal["train", "held_out"]) -> Tree:
         problem = tasks.sample(families.get(family, family), rng, split)
-        trace = tasks.gold(problem, parallel=traces == "parallel")
-        ids = prompt_ids(tokenizer, problem.prompt)
-        return render(trace, format=opened, tokenizer=tokenizer, prompt_ids=ids)
+        gold = partial(gold_tree, problem, format=opened, tokenizer=tokenizer, parallel=traces == "parallel")
+        if budget is None or rng.random() >= budget.share:
+            return gold()
+        drawn = budget.draw(rng)
+        tree = gold(budget=drawn)
+        # Even one line can need more than what was drawn; then the prompt says the least that is enough.
+        while not fits(tree, drawn):
+            drawn = budget.more(drawn)
+            tree = gold(budget=drawn)
+        return tree
 
     return draw

@@ -116,7 +116,9 @@ class _Run:
         self.config = config = replace(config, precision=machine.precision(config.precision))
         self.out, self.on_eval, self.display, self.say = out, on_eval, display, display.say
         data = config.data
-        self.source = source or gold_source(data.format, traces=data.traces, tokenizer=data.tokenizer, knobs=data.knobs)
+        self.source = source or gold_source(
+            data.format, traces=data.traces, tokenizer=data.tokenizer, knobs=data.knobs, budget=data.budget
+        )
         self.path, self.gguf = out / "checkpoint.pt", out / "model.gguf"
         self.progress, self.scores = Progress(), dict[str, Any]()
         out.mkdir(parents=True, exist_ok=True)
