@@ -176,7 +176,8 @@ async def _client(server: Server, menu: Sequence[Ask], rng: random.Random, resul
 
 async def _drain(server: Server, menu: Sequence[Ask], rng: random.Random, result: Soak) -> None:
     """SIGTERM while every stream is under way."""
-    replies = [Answered() for _ in range(result.streams)]
+    replies, late = [Answered() for _ in range(result.streams)], Answered()
+    under_way: list[Answered] = []
     started = 0.0
 
     async def one(ask: Ask, reply: Answered) -> None:
@@ -191,10 +192,9 @@ async def _drain(server: Server, menu: Sequence[Ask], rng: random.Random, result
         with anyio.move_on_after(30):
             for reply in replies:
                 await reply.begun.wait()
-        under_way = [reply for reply in replies if not reply.complete]
+        under_way += [reply for reply in replies if not reply.complete]
         server.terminate()
         started = time.monotonic()
-        late = Answered()
         await anyio.sleep(0.3)
         if any(not reply.complete for reply in under_way):
             # One that comes too late is told when to come back.

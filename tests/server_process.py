@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,7 +286,7 @@ class _Reader:
         found, self._data = self._data[:count], self._data[count:]
         return found
 
-    async def chunks(self) -> Any:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         while size := int(await self.until(b"\r\n"), 16):
             yield await self.exactly(size)
             if await self.exactly(2) != b"\r\n":

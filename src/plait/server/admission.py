@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
@@ -209,19 +209,24 @@ class Lane:
     async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
         async with self._admission.place(self._lease), aclosing(self._engine.generate(context, params)) as chunks:
             while True:
+                chunk: Chunk | None = None
                 with anyio.move_on_after(self._timeout_s) as waited:
                     chunk = await anext(chunks, None)
                 if waited.cancelled_caught:
                     raise EngineTimeout(f"the {self.name} engine said nothing for {self._timeout_s:g} s")
                 if chunk is None:
                     return
-                self._check(chunk.token_ids)
+                self._check(chunk)
                 yield chunk
 
-    def _check(self, ids: Sequence[int]) -> None:
-        if self._vocab_size is not None and any(not 0 <= id < self._vocab_size for id in ids):
-            bad = next(id for id in ids if not 0 <= id < self._vocab_size)
-            raise EngineProtocolError(f"C5: a chunk holds the id {bad}; the vocabulary has {self._vocab_size}")
+    def _check(self, chunk: Chunk) -> None:
+        """Nothing that a client would stumble over: the session looks at the rest."""
+        most = math.inf if self._vocab_size is None else self._vocab_size
+        for id in chunk.token_ids:
+            if not 0 <= id < most:
+                raise EngineProtocolError(f"C4: a chunk holds the id {id}; the vocabulary has {self._vocab_size}")
+        if not all(map(math.isfinite, chunk.logprobs)):
+            raise EngineProtocolError(f"C6: a log-probability is no number: {chunk.logprobs}")
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
