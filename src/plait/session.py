@@ -410,7 +410,7 @@ class _Program:
                 id = await self.start(thread, _Opening(forced_ids=closer))
                 note = f"closed by the runtime, the thread ended with {thread.stop}"
                 await self.tell(SegmentEnded(id=id, stop=StopReason.FORCED, note=note, t=self.now()))
-            elif race is not None and thread.stop is StopReason.STOP:
+            elif race is not None and thread.stop in (StopReason.STOP, StopReason.EOS):
                 thread.succeeded = self.format.succeeded(self.outcome(thread))
                 if thread.succeeded:
                     race.set(thread.clock)

@@ -14,6 +14,7 @@ from plait.tasks.base import Budgeted, Family, Problem
 from plait.tasks.bundle import Bundle
 from plait.tasks.control import Control
 from plait.tasks.countdown import Countdown
+from plait.tasks.countdown_search import CountdownSearch
 from plait.tasks.expression import Expression
 from plait.tasks.long_multiplication import LongMultiplication
 from plait.tasks.notation import canonical, spelled
@@ -21,6 +22,9 @@ from plait.tasks.product import Product
 
 _FAMILIES: tuple[Family, ...] = (LongMultiplication(), Product(), Expression(), Bundle(), Countdown(), Control())
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
+"""What the embedded models are trained on."""
+RESEARCH: dict[str, Family] = {family.name: family for family in (CountdownSearch(),)}
+"""For comparisons with published systems, in vocabularies of their own."""
 
 Split = Literal["train", "held_out"]
 _ANSWER = "Answer: "
@@ -30,22 +34,24 @@ def family(name: str, knobs: Mapping[str, Any] | None = None) -> Family:
     """A family by name.
 
     Args:
-        name: One of `FAMILIES`.
+        name: One of `FAMILIES` or `RESEARCH`.
         knobs: What its problems are drawn from, by the names of its fields; by default the range that the embedded
             model was trained on.
 
     Raises:
         RequestError: No family has this name, or it has no such knob or not with such a value.
     """
-    if name not in FAMILIES:
-        raise nearest(name, list(FAMILIES), "family")
+    known_families = FAMILIES | RESEARCH
+    if name not in known_families:
+        raise nearest(name, list(known_families), "family")
+    found = known_families[name]
     if not knobs:
-        return FAMILIES[name]
-    known_knobs = [f.name for f in fields(FAMILIES[name])]
+        return found
+    known_knobs = [f.name for f in fields(found)]
     for knob in knobs:
         if knob not in known_knobs:
             raise nearest(knob, known_knobs, f"knob of {name}")
-    chosen = replace(FAMILIES[name], **{knob: _tuples(value) for knob, value in knobs.items()})
+    chosen = replace(found, **{knob: _tuples(value) for knob, value in knobs.items()})
     try:
         for seed in range(8):
             chosen.sample(random.Random(seed))
@@ -149,6 +155,7 @@ def grade(problem: Problem, text: str) -> bool:
 
 __all__ = [
     "FAMILIES",
+    "RESEARCH",
     "Budgeted",
     "Family",
     "Problem",

@@ -81,9 +81,13 @@ def canonical(text: str) -> str:
 def spelled(prompt: str) -> str:
     """A canonical question as a model reads it: each digit after the letter of its place; Countdown's with two digits.
 
+    What does not end in a question mark is no question in this notation, and is read as it stands.
+
     >>> spelled("347*20?"), spelled("25,7>32?")
     ('c3b4a7*b2a0?', '25,07>32?')
     """
+    if not prompt.endswith("?"):
+        return prompt
     if ">" in prompt:
         return two_digits(prompt)
     return re.sub(

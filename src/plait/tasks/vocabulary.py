@@ -54,4 +54,53 @@ TOKENIZER = FixedTokenizer((*WORDS, *CONTROL, *_RESERVED), control=(*CONTROL, *_
 WIDE = FixedTokenizer((*TOKENIZER.tokens, *PLACES[12:]), control=(*CONTROL, *_RESERVED), bos="<bos>", eos="<eos>")
 """The same ids, and letters for numbers of up to 24 digits: for problems that need a larger machine."""
 
-TOKENIZERS = {"compact": TOKENIZER, "wide": WIDE}
+SEARCH_WORDS = (
+    *(str(number) for number in range(100)),
+    *"+-*/=",
+    *"!?'>",
+    " ",
+    "\n",
+    ",",
+    ", ",
+    ":",
+    ": ",
+    ":[",
+    "', '",
+    "Token Budget: ",
+    "Sub Call Budget: ",
+    "Moving to Node #",
+    "\nMoving to Node #",
+    "\nCurrent State: ",
+    "], Operations: []",
+    "], Operations: ['",
+    "']",
+    "\nExploring Operation: ",
+    ", Resulting Numbers: [",
+    "]",
+    "]\n",
+    "]\nGenerated Node #",
+    "] Operation: ",
+    " equal: Goal Reached",
+    " unequal: No Solution",
+    "\nNo solution found.",
+    "\nStart Sub Search at level ",
+    ": Moving to Node #",
+    "\nExit Sub Search at level ",
+    "\nNo solution found in sub search",
+    "\n<Start Sub Search ",
+    " at level 1> Moving to Node #",
+    "<Sub Searches>",
+    "\n<Goal Reached in Sub Search ",
+    "\n<No Solution in Sub Search ",
+    " at level 1 at Node #",
+    "\n<End Sub Searches>",
+    "\nAnswer: ",
+)
+SEARCH_CONTROL = ("<Calling Sub Searches>", "<End Calling Sub Searches>")
+
+SEARCH = FixedTokenizer(
+    (*SEARCH_WORDS, *CONTROL, *SEARCH_CONTROL), control=(*CONTROL, *SEARCH_CONTROL), bos="<bos>", eos="<eos>"
+)
+"""Of searches as in the APR paper: a token for each number up to 99 and for each phrase, its newline included."""
+
+TOKENIZERS = {"compact": TOKENIZER, "wide": WIDE, "search": SEARCH}

@@ -21,12 +21,14 @@ from plait.models import gold_tree
 from plait.tasks.vocabulary import TOKENIZER
 from plait.tokenizer import FixedTokenizer
 from plait.train.packing import PackedBatch, Packer
-from plait.train.trie import TrieBatch, flatten
+from plait.train.trie import TrieBatch, pieces
 from plait.tree import Tree
 from plait.types import Budget
 
 Source: TypeAlias = Callable[[str, random.Random, Literal["train", "held_out"]], Tree]
 """Draws one gold trace: family name, random numbers, split (`train` or `held_out`)."""
+PIECES = 256
+"""Sequences that one example may come in, at most: piece p of example n has the tag n * PIECES + p."""
 
 
 class Stream:
@@ -54,12 +56,15 @@ class Stream:
         self._source, self._seed, self._packer = source, seed, packer
         self._names, self._weights = tuple(weights), tuple(weights.values())
         self._next = 0
+        """Tag of the next piece."""
+        self._drawn: tuple[int, str, list[TrieBatch]] = (-1, "", [])
+        """The last example: its number, family and pieces."""
         self.seen: Counter[str] = Counter()
-        """Examples drawn, by family; `longer` counts those that fit into no row and were left out."""
+        """Examples drawn, by family; `longer` counts pieces that fit into no row and were left out."""
         if state is not None:
             self._next, self.seen = state["next"], Counter(state["seen"])
-            for bucket, row, number in state["waiting"]:
-                packer.put_back(bucket, row, number, self._example(number)[1])
+            for bucket, row, tag in state["waiting"]:
+                packer.put_back(bucket, row, tag, self._example(tag // PIECES)[1][tag % PIECES])
 
     def state(self) -> dict[str, Any]:
         """Plain numbers from which an equal stream goes on."""
@@ -70,22 +75,33 @@ class Stream:
 
     def __next__(self) -> PackedBatch:
         while True:
-            number = self._next
-            self._next += 1
-            family, example = self._example(number)
-            if len(example) > self._packer.longest:
+            tag = self._next
+            number, place = divmod(tag, PIECES)
+            family, parts = self._example(number)
+            self._next = tag + 1 if place + 1 < len(parts) else (number + 1) * PIECES
+            if not place:
+                self.seen[family] += 1
+            if len(parts[place]) > self._packer.longest:
                 # Cutting it would train on a wrong trace; stopping would lose a run of hours to one rare example.
                 self.seen["longer"] += 1
                 continue
-            self.seen[family] += 1
-            batch = self._packer.add(example, number)
+            batch = self._packer.add(parts[place], tag)
             if batch is not None:
                 return batch
 
-    def _example(self, number: int) -> tuple[str, TrieBatch]:
-        rng = random.Random(f"{self._seed}/{number}")
-        family = rng.choices(self._names, self._weights)[0]
-        return family, flatten(self._source(family, rng, "train"))
+    def _example(self, number: int) -> tuple[str, list[TrieBatch]]:
+        if self._drawn[0] != number:
+            rng = random.Random(f"{self._seed}/{number}")
+            family = rng.choices(self._names, self._weights)[0]
+            parts = pieces(self._source(family, rng, "train"))
+            assert len(parts) <= PIECES, f"an example has {len(parts)} sequences of its own"
+            self._drawn = number, family, parts
+        return self._drawn[1:]
+
+
+def num_problems(batch: PackedBatch) -> int:
+    """Examples whose first piece is in a batch."""
+    return sum(tag % PIECES == 0 for *_, tag in batch.places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +159,7 @@ def gold_source(
     if traces not in ("parallel", "serial"):
         raise nearest(traces, ["parallel", "serial"], "kind of trace")
     opened = open_format(format, tokenizer)
-    families = {name: tasks.family(name, knobs.get(name)) for name in tasks.FAMILIES}
+    families = {name: tasks.family(name, knobs.get(name)) for name in (*tasks.FAMILIES, *tasks.RESEARCH)}
     if budget is not None:
         # A format that cannot say it is refused before the first step.
         opened.condition(tokenizer.bos_ids, budget.draw(random.Random(0)))

@@ -25,14 +25,14 @@ from plait.errors import ModelError, RequestError
 from plait.formats import format_class
 from plait.train import checkpoint, machine
 from plait.train.config import ScheduleConfig, SFTConfig, config_from, identity, load_config, to_toml
-from plait.train.data import Source, Stream, gold_source
+from plait.train.data import Source, Stream, gold_source, num_problems
 from plait.train.display import Display, Say, open_display
 from plait.train.metrics import MetricsFile, open_sinks
 from plait.train.model import Decoder
 from plait.train.optimiser import optimisers
 from plait.train.packing import Bucket, PackedBatch, Packer
 from plait.train.tensors import inputs, spans
-from plait.train.trie import TrieBatch, flatten
+from plait.train.trie import TrieBatch, pieces
 
 OnEval: TypeAlias = Callable[[Path, int], Mapping[str, Any]]
 """Scores a GGUF file by true parallel decoding: path and step in, scores out."""
@@ -189,7 +189,7 @@ class _Run:
         value = float(loss.detach())
         progress.step += 1
         progress.tokens += batch.num_tokens
-        progress.problems += batch.num_examples
+        progress.problems += num_problems(batch)
         progress.loss = value if progress.loss != progress.loss else 0.98 * progress.loss + 0.02 * value
         took = time.perf_counter() - began
         # The first batch of each shape compiles: its time says nothing about the speed.
@@ -240,21 +240,22 @@ class _Run:
             self.say(f"step {p.step}  decoded: {json.dumps(self.scores['decoded'])}")
         self.metrics.write({"eval": self.scores, "step": p.step, "eval_s": round(time.monotonic() - began, 2)})
 
-    def _forced_scores(self, examples: list[TrieBatch]) -> dict[str, float]:
+    def _forced_scores(self, examples: list[list[TrieBatch]]) -> dict[str, float]:
         """Loss, share of tokens and share of whole traces that greedy sampling would write as the gold trace does."""
         nats, right, tokens, exact = 0.0, 0, 0, 0
         # Every example has another length: compiling for each would take longer than the run.
         with torch.no_grad(), self._autocast(), torch.compiler.set_stance("force_eager"):
-            for batch in map(self._alone, examples):
-                ids, positions, labels, prev = inputs(batch)
-                logits = self.model(ids, positions, self.model.biases(*spans(batch))).float()[0]
-                trained = labels[0] >= 0
-                logits, labels = logits[prev[0]][trained], labels[0][trained]
-                hits = int((logits.argmax(-1) == labels).sum())
-                nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-                tokens += len(labels)
-                right += hits
-                exact += hits == len(labels)
+            for parts in examples:
+                before = tokens - right
+                for batch in map(self._alone, parts):
+                    ids, positions, labels, prev = inputs(batch)
+                    logits = self.model(ids, positions, self.model.biases(*spans(batch))).float()[0]
+                    trained = labels[0] >= 0
+                    logits, labels = logits[prev[0]][trained], labels[0][trained]
+                    nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+                    tokens += len(labels)
+                    right += int((logits.argmax(-1) == labels).sum())
+                exact += tokens - right == before
         return {"loss": nats / tokens, "token": right / tokens, "exact": exact / len(examples)}
 
     def _alone(self, example: TrieBatch) -> PackedBatch:
@@ -262,9 +263,9 @@ class _Run:
         packer.add(example)
         return packer.flush()[0]
 
-    def _held_out(self, family: str) -> list[TrieBatch]:
+    def _held_out(self, family: str) -> list[list[TrieBatch]]:
         count = self.config.eval.problems if self.config.eval.times else 0
-        return [flatten(self.source(family, random.Random(f"held_out/{family}/{n}"), "held_out")) for n in range(count)]
+        return [pieces(self.source(family, random.Random(f"held_out/{family}/{n}"), "held_out")) for n in range(count)]
 
     def _save(self) -> None:
         checkpoint.save(

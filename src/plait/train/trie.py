@@ -9,7 +9,7 @@ Shapes: L tokens of the tree, N nested hidden spans.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -122,6 +122,28 @@ def flatten(tree: Tree) -> TrieBatch:
         hide_lo=hide_lo,
         hide_hi=hide_hi,
     )
+
+
+def pieces(tree: Tree) -> list[TrieBatch]:
+    """Flatten a tree into sequences that see nothing of each other: one of the root thread, one of each fresh thread.
+
+    A thread that starts from a message shares no prefix with its parent, so one sequence of both would be longer than
+    either for nothing: attention costs the square of the length.
+
+    Returns:
+        In program order; one sequence where no thread starts afresh. Together they hold every token of `flatten`.
+
+    Raises:
+        TreeError: As `flatten`.
+    """
+    parts: dict[str, dict[str, Segment]] = {}
+    home: dict[str, str] = {}
+    for segment in tree.walk():
+        first = segment.parent is None or segment.keep == 0
+        home[segment.id] = segment.id if first else home[segment.parent or ""]
+        part = parts.setdefault(home[segment.id], {})
+        part[segment.id] = replace(segment, parent=None, keep=None) if first else segment
+    return [flatten(Tree(part)) for part in parts.values()]
 
 
 def _before(
