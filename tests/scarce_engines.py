@@ -27,6 +27,7 @@ def make(name: str, seed: int, gguf: Path) -> tuple[Any, dict[str, int]]:
             prefill_rows=rng.choice([1, 8, 64]),
             flush_s=0,
             threads=1,
+            speculate=rng.choice([0, 0, 3, 8]),
         )
         return engine, {"cells": 256}
     from plait.engines.torch import TorchEngine

@@ -29,13 +29,13 @@ class Scheduler(Job, Protocol):
     reused_tokens: int
     decode_tokens: int
     steps: int
-
     preemptions: int
     drafted_tokens: int
     accepted_tokens: int
-    @property
+
     @property
     def evictions(self) -> int: ...
+    @property
     def active(self) -> int: ...
     @property
     def queued(self) -> int: ...
@@ -121,13 +121,12 @@ class InProcessEngine:
             reused_tokens=s.reused_tokens,
             decode_tokens=s.decode_tokens,
             steps=s.steps,
-        )
             preemptions=s.preemptions,
             evictions=s.evictions,
             drafted_tokens=s.drafted_tokens,
             accepted_tokens=s.accepted_tokens,
+        )
 
-    async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
     async def forget(self) -> None:
         """Drop what is cached of calls that ended; calls that run keep what they stand on. Changes no token.
 
@@ -140,6 +139,7 @@ class InProcessEngine:
         with anyio.CancelScope(shield=True):
             await over.wait()
 
+    async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
         """Continue a context. Chunks carry what was sampled since the last one, some milliseconds' worth.
 
         Raises:

@@ -6,7 +6,7 @@ numbers come from its own call's seed, so what it draws does not depend on the r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 
 import numpy as np
@@ -87,6 +87,25 @@ class Sampler:
             logprobs_S[:] = 0
         ids_S[:] = chosen_S
         return bool(self._stops_SV.ravel().take(flat_S).any())
+
+    def sample_greedily(self, logits_RV: Floats, slots_R: Sequence[int]) -> tuple[list[int], list[float]]:
+        """The next token of further rows of greedy slots, and its log-probability.
+
+        Args:
+            slots_R: To which slot each row belongs.
+        """
+        choice_RV = logits_RV
+        if self._bans:
+            choice_RV = np.where(self._banned_SV[slots_R], np.float32(-np.inf), logits_RV)
+        chosen_R = choice_RV.argmax(1)
+        if not self._scored:
+            return chosen_R.tolist(), [0.0] * len(slots_R)
+        top_R = logits_RV.max(1)
+        sums_R = np.log(np.exp(logits_RV - top_R[:, None]).sum(1))
+        logprobs_R = np.minimum(logits_RV[np.arange(len(slots_R)), chosen_R] - top_R - sums_R, 0)
+        if self._silent:
+            logprobs_R[np.isin(slots_R, self._silent)] = 0
+        return chosen_R.tolist(), logprobs_R.tolist()
 
     def _draw(self, logits_HV: Floats) -> npt.NDArray[np.intp]:
         """Sample the hot slots by inverting the cumulative distribution."""

@@ -120,6 +120,10 @@ class _Engines(Collector):
         prefill = CounterMetricFamily("plait:engine_prefill_tokens", "Given tokens that were computed", labels=labels)
         reused = CounterMetricFamily("plait:engine_reused_tokens", "Given tokens found in the cache", labels=labels)
         steps = CounterMetricFamily("plait:engine_steps", "Forward passes", labels=labels)
+        waits = CounterMetricFamily("plait:engine_preemptions", "Calls that made way for older ones", labels=labels)
+        evicted = CounterMetricFamily("plait:engine_evictions", "Cached contexts given up for room", labels=labels)
+        drafted = CounterMetricFamily("plait:engine_drafted_tokens", "Tokens guessed ahead", labels=labels)
+        accepted = CounterMetricFamily("plait:engine_accepted_tokens", "Guessed tokens that were right", labels=labels)
         for model, engine, stats in self._engines():
             inflight.add_metric([model, engine], stats.active)
             queued.add_metric([model, engine], stats.queued)
@@ -127,4 +131,8 @@ class _Engines(Collector):
             prefill.add_metric([model, engine], stats.prefill_tokens)
             reused.add_metric([model, engine], stats.reused_tokens)
             steps.add_metric([model, engine], stats.steps)
-        return [inflight, queued, cached, prefill, reused, steps]
+            waits.add_metric([model, engine], stats.preemptions)
+            evicted.add_metric([model, engine], stats.evictions)
+            drafted.add_metric([model, engine], stats.drafted_tokens)
+            accepted.add_metric([model, engine], stats.accepted_tokens)
+        return [inflight, queued, cached, prefill, reused, steps, waits, evicted, drafted, accepted]

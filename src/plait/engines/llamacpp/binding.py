@@ -284,6 +284,10 @@ class Decoder:
         """Take all cells from a sequence."""
         self._lib.llama_memory_seq_rm(self._memory, seq, -1, -1)
 
+    def truncate(self, seq: int, start: int) -> None:
+        """Take the cells at positions start <= p from a sequence."""
+        self._lib.llama_memory_seq_rm(self._memory, seq, start, -1)
+
     def last_position(self, seq: int) -> int:
         """The largest position a sequence holds, -1 if it holds none."""
         return self._lib.llama_memory_seq_pos_max(self._memory, seq)

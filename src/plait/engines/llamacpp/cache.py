@@ -123,10 +123,10 @@ class Cache:
         """Cells held by nodes."""
         self.live_cells = 0
         """Those of them that a live sequence holds."""
-        self.free = list(range(max_seqs - 1, -1, -1))
-        self.idle: OrderedDict[Seq, None] = OrderedDict()
         self.evictions = 0
         """Idle sequences that were given up for room."""
+        self.free = list(range(max_seqs - 1, -1, -1))
+        self.idle: OrderedDict[Seq, None] = OrderedDict()
         """Finished sequences, least recently used first."""
         self.seqs: set[Seq] = set()
         self._flying: list[tuple[Node, Seq]] = []
@@ -319,6 +319,16 @@ class Cache:
             self._evict()
         return self.used <= cells
 
+    def forget(self) -> None:
+        """Drop every idle sequence."""
+        for seq in tuple(self.idle):
+            self.drop(seq)
+
+    def _evict(self) -> None:
+        """Give up the idle sequence used longest ago."""
+        self.evictions += 1
+        self.drop(next(iter(self.idle)))
+
     def _hold(self, seq: Seq, node: Node, on_trunk: bool) -> None:
         if on_trunk:
             node.trunk.add(seq)
@@ -332,16 +342,6 @@ class Cache:
                 self.live_cells += node.num_cells
 
     def _release(self, seq: Seq, node: Node) -> None:
-    def forget(self) -> None:
-        """Drop every idle sequence."""
-        for seq in tuple(self.idle):
-            self.drop(seq)
-
-    def _evict(self) -> None:
-        """Give up the idle sequence used longest ago."""
-        self.evictions += 1
-        self.drop(next(iter(self.idle)))
-
         node.holders.discard(seq)
         if seq.live:
             node.live -= 1

@@ -21,6 +21,7 @@ from plait.engines.worker import WORKER
 from plait.errors import EngineUnavailable, RequestError
 from plait.types import SamplingParams, context_positions
 
+_MOST_GUESSED = 64
 _THREAD_CELLS = 256
 """Room for a thread and its share of the contexts it came from, where nothing else is known."""
 _SHORT = 2048
@@ -44,6 +45,9 @@ class LlamaCppEngine(InProcessEngine):
         keep: Cells of finished calls that are always kept for reuse; every step pays a little for them.
         prefill_rows: Given tokens computed in one step while other calls sample.
         flush_s: How often calls that go on sampling yield a chunk.
+        speculate: Tokens guessed ahead of each greedy call by prompt lookup, and checked in the same step; 0 guesses
+            none. Changes how long a call takes, not its tokens (in float32; elsewhere rows of one step round
+            differently beside each other). Pays where text repeats and a further row costs little.
 
     Raises:
         ModelError: The file is missing, damaged, or of a kind that this engine does not run.
@@ -65,9 +69,12 @@ class LlamaCppEngine(InProcessEngine):
         keep: int = 128,
         prefill_rows: int = 64,
         flush_s: float = 0.01,
+        speculate: int = 0,
     ) -> None:
         if not 2 <= max_seqs <= MAX_SEQS:
             raise RequestError(f"max_seqs is {max_seqs}; it must be from 2 to {MAX_SEQS}")
+        if not 0 <= speculate <= _MOST_GUESSED:
+            raise RequestError(f"speculate is {speculate}; it must be from 0 (off) to {_MOST_GUESSED} tokens")
         if flash_attention and cache == "F32":
             raise RequestError("flash_attention needs cache='F16'")
         super().__init__(cells=-(-max(cells, 256) // 256) * 256)  # llama.cpp rounds up likewise
@@ -81,6 +88,7 @@ class LlamaCppEngine(InProcessEngine):
         self._pace = Pace.of(threads, model_bytes=Path(path).stat().st_size, cores=_cores())
         self._options: dict[str, Any] = {"flash": flash_attention, "wide_cache": cache == "F32"}
         self._max_seqs, self._keep, self._prefill_rows, self._flush_s = max_seqs, keep, prefill_rows, flush_s
+        self._speculate = speculate
 
     def meta(self, key: str) -> str | None:
         """A string of the file's header, such as `plait.config`; None if it has no such key."""
@@ -119,6 +127,7 @@ class LlamaCppEngine(InProcessEngine):
             close=close,
             prefill_rows=self._prefill_rows,
             flush_s=self._flush_s,
+            speculate=self._speculate,
         )
         WORKER.add(self._scheduler)
         return self

@@ -24,6 +24,7 @@ from plait.engines import calls
 from plait.engines.calls import Delivery, Message, Part
 from plait.engines.llamacpp.binding import Decoder
 from plait.engines.llamacpp.cache import Cache, Node, Seq
+from plait.engines.llamacpp.lookup import Lookup
 from plait.engines.llamacpp.pace import Pace
 from plait.engines.sampling import Floats, Sampler
 from plait.errors import EngineError, EngineUnavailable
@@ -37,7 +38,7 @@ _MARGIN = 16
 class Call(calls.Call):
     """One engine call, and the sequences it takes."""
 
-    __slots__ = ("need", "seen", "seq")
+    __slots__ = ("lookup", "need", "seen", "seq")
 
     def __init__(self, number: int, context: tuple[Part, ...], params: SamplingParams, limit: int, user: Any) -> None:
         super().__init__(number, context, params, limit, user)
@@ -46,6 +47,7 @@ class Call(calls.Call):
         self.seq: Seq | None = None
         self.need = 1 + _depth(context)
         """Sequences it may hold at once: its own, and one a level of merges whose branches must be computed again."""
+        self.lookup: Lookup | None = None
 
 
 def _depth(parts: tuple[Part, ...]) -> int:
@@ -90,6 +92,7 @@ class Scheduler:
         prefill_rows: Tokens of new contexts that one step computes while other calls sample; so a long prompt delays
             each of their tokens by no more than this.
         flush_s: Calls that go on sampling are heard of this often.
+        speculate: Tokens guessed ahead of a greedy call in a step that only samples; 0 guesses none.
     """
 
     def __init__(
@@ -104,7 +107,9 @@ class Scheduler:
         close: Callable[[], object],
         prefill_rows: int,
         flush_s: float,
+        speculate: int,
     ) -> None:
+        self._speculate = speculate
         self._decoder, self._cache, self._sampler, self._pace = decoder, cache, sampler, pace
         self._wake, self._post, self._close = wake, post, close
         self._prefill_rows, self._flush_s = prefill_rows, flush_s
@@ -175,7 +180,10 @@ class Scheduler:
             if self.queue or self.fills or (self._tails and self.slots):
                 self._mixed()
             if self.slots and not (self.fills or self._tails):
-                self._burst()
+                if self._speculate:
+                    self._guessing_burst()
+                else:
+                    self._burst()
             self.work_s += perf_counter() - start
         except Exception as exc:
             # Nobody knows what state it is in: every call is answered with the error until it is told to close.
@@ -259,6 +267,85 @@ class Scheduler:
         self.decode_s += spent
         self._pace.record(slots, threads, spent / self._steps)
         self._settle()
+
+    def _guessing_burst(self) -> None:
+        """As `_burst`, with rows for tokens that are guessed; what the model would not have sampled is taken back."""
+        decoder = self._decoder
+        ended = False
+        while not ended:
+            slots = len(self.slots)
+            left = min(self._room(), len(decoder.tokens)) - slots
+            if left < 0:
+                return self._make_room()
+            guesses = [self._guess(call, left // slots) for call in self.slots]
+            rows = slots
+            for slot, guess in enumerate(guesses):
+                rows = self._place_guess(slot, guess, rows)
+            threads = self._pace.choose(rows)
+            decoder.set_threads(rows, threads)
+            start = perf_counter()
+            code = decoder.decode(rows)
+            logits = decoder.logits(rows)
+            now = perf_counter()
+            self.decode_s += now - start
+            if code:
+                return self._broken(code)
+            self._pace.record(rows, threads, now - start)
+            self.steps += 1
+            ended = self._accept(guesses, logits) or now >= self._flush_at or self._wake.is_set()
+        self._settle()
+
+    def _guess(self, call: Call, most: int) -> list[int]:
+        if call.params.temperature > 0:
+            return []
+        if call.lookup is None:
+            call.lookup = Lookup(_in_line(call.context), self._speculate)
+        call.lookup.extend(call.ids[call.lookup.sampled :])
+        return call.lookup.guess(min(most, call.limit - len(call.ids) - 1))
+
+    def _place_guess(self, slot: int, guess: list[int], row: int) -> int:
+        """Put guessed tokens into the batch, behind the row of their slot. Returns the row after the last."""
+        if guess:
+            decoder, end = self._decoder, row + len(guess)
+            decoder.tokens[row:end] = guess
+            decoder.positions[row:end] = decoder.positions[slot] + np.arange(1, len(guess) + 1)
+            decoder.seq_ids[row:end, 0] = decoder.seq_ids[slot, 0]
+            decoder.num_seqs[row:end] = 1
+            decoder.outputs[row:end] = 1
+            row = end
+        return row
+
+    def _accept(self, guesses: list[list[int]], logits: Floats) -> bool:
+        """Give every call what was sampled and as many guesses as are right. True if one of them ended."""
+        decoder, slots = self._decoder, len(self.slots)
+        self._sampler.sample(logits[:slots], decoder.tokens[:slots], self._logprobs[0, :slots])
+        first, first_logprobs = decoder.tokens[:slots].tolist(), self._logprobs[0, :slots].tolist()
+        owners = [slot for slot, guess in enumerate(guesses) for _ in guess]
+        further, further_logprobs = self._sampler.sample_greedily(logits[slots:], owners) if owners else ([], [])
+        at, ended = 0, False
+        for slot, (call, guess) in enumerate(zip(self.slots, guesses, strict=True)):
+            ids, logprobs = [first[slot]], [first_logprobs[slot]]
+            for k, guessed in enumerate(guess):
+                if ids[-1] != guessed or guessed in call.ends:
+                    break
+                ids.append(further[at + k])
+                logprobs.append(further_logprobs[at + k])
+            at += len(guess)
+            call.ids += ids
+            call.logprobs += logprobs
+            decoder.tokens[slot] = ids[-1]
+            decoder.positions[slot] += len(ids)
+            if guess:
+                assert call.seq is not None
+                assert call.lookup is not None
+                call.lookup.judge(len(ids) - 1)
+                self.drafted_tokens += len(guess)
+                self.accepted_tokens += len(ids) - 1
+                if len(ids) <= len(guess):
+                    decoder.truncate(call.seq.id, int(decoder.positions[slot]))
+            self.decode_tokens += len(ids)
+            ended = ended or call.stop() is not None
+        return ended
 
     def _mixed(self) -> None:
         """One step that also lets calls in and computes what was given, not sampled."""
@@ -593,6 +680,15 @@ class Scheduler:
         cache.merge(fill.seq, key, tuple(fill.tips[i] for i in range(len(key.branches))))
         fill.tips.clear()
         return True
+
+
+def _in_line(context: tuple[Part, ...]) -> list[int]:
+    """All ids of a context, branches one after another."""
+    return [
+        id
+        for part in context
+        for id in (part if isinstance(part, tuple) else (i for b in part.branches for i in _in_line(b)))  # type: ignore[arg-type]
+    ]
 
 
 def _root(fill: Fill) -> Fill:

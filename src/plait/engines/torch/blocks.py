@@ -201,8 +201,14 @@ class Pool:
         while not self.free:
             if not self.idle:
                 return None
+            self.evictions += 1
             self._evict(next(iter(self.idle)))
         return self.free.pop()
+
+    def forget(self) -> None:
+        """Give up every node that nobody refers to."""
+        while self.idle:
+            self._evict(next(iter(self.idle)))
 
     def _evict(self, node: Node) -> None:
         """Forget a node that nobody refers to. Its parent comes next, if nobody else needs it."""
@@ -214,15 +220,9 @@ class Pool:
             del parent.merges[node.tips]
             for tip in node.tips:
                 self._release(tip, last=False)
-            self.evictions += 1
         else:
             group = parent.children[node.ids[0]]
             group.remove(node)
-    def forget(self) -> None:
-        """Give up every node that nobody refers to."""
-        while self.idle:
-            self._evict(next(iter(self.idle)))
-
             if not group:
                 del parent.children[node.ids[0]]
             self._give_back(node)
