@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from plait import __version__
 from plait.errors import PlaitError
-from plait.server import chat, completions, responses, runs
+from plait.server import chat, completions, responses, runs, tokens
 from plait.server.config import ServeConfig
 from plait.server.guard import Guard
 from plait.server.metrics import CONTENT_TYPE
@@ -50,7 +50,7 @@ def create_app(config: ServeConfig, served: Sequence[Served]) -> tuple[ASGIApp, 
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _failed)
     refusals: Any = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
-    for router in (_router(service), *(module.router for module in (chat, completions, responses, runs))):
+    for router in (_router(service), *(module.router for module in (chat, completions, responses, runs, tokens))):
         app.include_router(router, responses=refusals)
     return Guard(app, service, keyring), service
 

@@ -1,23 +1,31 @@
 """`POST /v1/completions`: the whole finished text, reasoning and answer as the model wrote them, tags included.
 
-A prompt in words is a question; one of ids is taken as it is. Many prompts run side by side, as threads do.
+A prompt in words is a question; one of ids is taken as it is. Many prompts run side by side, as threads do. With `echo`
+a prompt, in words too, is a text to be scored, and nothing is run: so evaluations ask for log-likelihoods.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
+from itertools import accumulate
 from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Depends
 
-from plait.errors import Failures
+from plait.engines.base import Engine
+from plait.engines.scoring import Scored, score
+from plait.errors import EngineError, EngineTimeout, Failures, RequestError
 from plait.server.answer import stops_of
+from plait.server.refusal import Refusal
 from plait.server.reply import DOCUMENTED, Out, Reply, asked
 from plait.server.schemas import CompletionRequest
-from plait.server.service import Asked, Job
+from plait.server.service import Asked, Job, Served, checked_ids
 from plait.server.transcript import ROOT, Cut, Ordered, Transcript
+from plait.tokenizer import FixedTokenizer
+from plait.types import SamplingParams
 
 router = APIRouter()
 
@@ -25,28 +33,17 @@ router = APIRouter()
 @router.post("/v1/completions", **DOCUMENTED)
 async def completions(body: CompletionRequest, asked: Annotated[Asked, Depends(asked)]) -> Reply:
     """Continue each prompt."""
-    return Reply(asked.service, _Completions(body, asked).work, stream=bool(body.stream))
+    prompts = _Scores(body, asked) if body.echo else _Completions(body, asked)
+    return Reply(asked.service, prompts.work, stream=bool(body.stream))
 
 
-class _Completions:
+class _Prompts:
+    """What the prompts of a request have in common: they are worked on side by side."""
+
     def __init__(self, body: CompletionRequest, asked: Asked) -> None:
         self.body, self.asked = body, asked
         self.served = asked.service.find(body.model)
         self.prompts = _prompts(body.prompt)
-        self.requests = [
-            asked.request(
-                self.served,
-                prompt,
-                param="prompt",
-                options=body.plait,
-                max_tokens=body.max_tokens,
-                temperature=body.temperature,
-                top_p=body.top_p,
-                top_k=body.top_k,
-                seed=body.seed,
-            )
-            for prompt in self.prompts
-        ]
         self.base = {
             "id": f"cmpl-{asked.request_id}",
             "object": "text_completion",
@@ -64,7 +61,7 @@ class _Completions:
 
         try:
             async with anyio.create_task_group() as prompts:
-                for index in range(len(self.requests)):
+                for index in range(len(self.prompts)):
                     prompts.start_soon(one, index)
         except BaseExceptionGroup as group:
             failure = failures.first(group, cancelled=anyio.get_cancelled_exc_class())
@@ -78,6 +75,29 @@ class _Completions:
         if options is not None and options.include_usage:
             await out.data({**self.base, "choices": [], "usage": usage})
         return None
+
+    async def _one(self, index: int, out: Out | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Work on a prompt; its choice and its usage."""
+        raise NotImplementedError
+
+
+class _Completions(_Prompts):
+    def __init__(self, body: CompletionRequest, asked: Asked) -> None:
+        super().__init__(body, asked)
+        self.requests = [
+            asked.request(
+                self.served,
+                prompt,
+                param="prompt",
+                options=body.plait,
+                max_tokens=body.max_tokens,
+                temperature=body.temperature,
+                top_p=body.top_p,
+                top_k=body.top_k,
+                seed=body.seed,
+            )
+            for prompt in self.prompts
+        ]
 
     async def _one(self, index: int, out: Out | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run a prompt; its choice and its usage."""
@@ -105,6 +125,83 @@ class _Completions:
         return _choice(index, "".join(parts), reason) | {"plait": job.about()}, _usage(job)
 
 
+class _Scores(_Prompts):
+    """Prompts that are scored; with `max_tokens` 1 each is continued by a token."""
+
+    def __init__(self, body: CompletionRequest, asked: Asked) -> None:
+        super().__init__(body, asked)
+        self.ids = [_text_ids(prompt, self.served) for prompt in self.prompts]
+
+    async def _one(self, index: int, out: Out | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        body, ids, tokenizer = self.body, list(self.ids[index]), self.served.model.tokenizer
+        timeout_s = self.asked.service.config.request_timeout_s
+        scored: list[Scored] = []
+        more: list[float] = []
+        with self.asked.service.lane(self.served, self.asked) as (lane, _):
+            with anyio.move_on_after(timeout_s) as waited:
+                if body.logprobs is not None:
+                    scored = await score(lane, ids, vocab_size=len(tokenizer.tokens))
+                if body.max_tokens:
+                    id, logprob = await self._continue(lane, ids)
+                    ids.append(id)
+                    more.append(logprob)
+            if waited.cancelled_caught:
+                raise EngineTimeout(f"the prompt was not scored within {timeout_s:g} s")
+        choice = _choice(index, tokenizer.decode(ids), "length")
+        if scored:
+            choice["logprobs"] = _logprobs(ids, scored, more, tokenizer, top=bool(body.logprobs))
+        counts = {"prompt_tokens": len(self.ids[index]), "completion_tokens": len(more), "total_tokens": len(ids)}
+        if out is not None:
+            await out.data({**self.base, "choices": [choice]})
+        return choice, counts
+
+    async def _continue(self, engine: Engine, ids: Sequence[int]) -> tuple[int, float]:
+        """One more token, and its log-probability."""
+        body = self.body
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=self.asked.service.config.temperature if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=max(0, body.top_k or 0),
+            seed=body.seed or 0,
+        )
+        async with aclosing(engine.generate((tuple(ids),), params)) as chunks:
+            async for chunk in chunks:
+                return chunk.token_ids[0], chunk.logprobs[0]
+        raise EngineError(f"the {engine.name} engine ended a call without a token")
+
+
+def _text_ids(prompt: str | Sequence[int], served: Served) -> tuple[int, ...]:
+    """A given text as ids: words as the tokenizer reads them, without control tokens."""
+    if not isinstance(prompt, str):
+        return checked_ids(prompt, served, "prompt")
+    try:
+        ids = tuple(served.model.tokenizer.encode(prompt))
+    except RequestError as exc:
+        raise Refusal(str(exc), code="unknown_text", param="prompt") from exc
+    if not ids:
+        raise Refusal("the prompt is empty; there is nothing to score", param="prompt")
+    return ids
+
+
+def _logprobs(
+    ids: Sequence[int], scored: Sequence[Scored], more: Sequence[float], tokenizer: FixedTokenizer, *, top: bool
+) -> dict[str, Any]:
+    """OpenAI's four lists: nothing is known of the first token, for nothing is before it."""
+    texts = [tokenizer.decode((id,)) for id in ids]
+    given = [*(one.logprob for one in scored[:-1]), *more]
+    tops = [
+        {tokenizer.decode((one.top_id,)): one.top_logprob} | {text: logprob}
+        for one, text, logprob in zip(scored, texts[1:], given, strict=False)
+    ]
+    return {
+        "tokens": texts,
+        "token_logprobs": [None, *given],
+        "top_logprobs": [None, *tops] if top else None,
+        "text_offset": [0, *accumulate(map(len, texts[:-1]))],
+    }
+
+
 def _prompts(prompt: Any) -> Sequence[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
@@ -129,4 +226,4 @@ def _total(usages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Usage of all prompts; the `plait` block is there where there is one prompt, for its numbers do not add up."""
     counts = ("prompt_tokens", "completion_tokens", "total_tokens")
     total: dict[str, Any] = {name: sum(usage[name] for usage in usages) for name in counts}
-    return total | {"plait": usages[0]["plait"]} if len(usages) == 1 else total
+    return total | {"plait": usages[0]["plait"]} if len(usages) == 1 and "plait" in usages[0] else total

@@ -130,14 +130,40 @@ class CompletionRequest(_Sampled):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[Annotated[Ids, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     stop: Stop = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
     best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    logprobs: Literal[0] | None = None
+    echo: bool | None = None
+    """With `max_tokens` 0 or 1: the prompt comes back, and `logprobs` says how likely each of its tokens is."""
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
     suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def _scores_or_continues(self) -> CompletionRequest:
+        if self.echo and self.max_tokens not in (0, 1):
+            raise ValueError("echo goes with max_tokens 0 or 1: it is for scoring a given text")
+        if not self.echo and self.logprobs:
+            raise ValueError("logprobs go with echo: they are of a given text, not of threads")
+        if not self.echo and self.max_tokens == 0:
+            raise ValueError("max_tokens is 0; it must be at least 1, or echo must be true")
+        return self
+
+
+class TokenizeRequest(_Body):
+    """`POST /tokenize`."""
+
+    model: Annotated[str, Field(max_length=500)] | None = None
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(_Body):
+    """`POST /detokenize`."""
+
+    model: Annotated[str, Field(max_length=500)] | None = None
+    tokens: Annotated[Ids, Field(max_length=200_000)]
 
 
 class InputItem(_Body):
