@@ -91,6 +91,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_memory_seq_pos_max": (_i32, _ptr, _i32),
     "llama_decode": (_i32, _ptr, _Batch),
     "llama_get_logits": (_ptr, _ptr),
+    "llama_adapter_lora_init": (_ptr, _ptr, C.c_char_p),
+    "llama_set_adapters_lora": (_i32, _ptr, C.POINTER(_ptr), _size, C.POINTER(_f32)),
 }
 
 _errors: deque[str] = deque(maxlen=8)
@@ -193,6 +195,20 @@ class Model:
         self._lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, size + 1)
         return buffer.value.decode("utf-8", "replace")
 
+    def load_lora(self, path: str | Path) -> Any:
+        """A LoRA adapter for these weights; freed with them.
+
+        Raises:
+            ModelError: The file is missing, no GGUF, no LoRA adapter, or for other weights.
+        """
+        path = Path(path)
+        _check_header(path)
+        _errors.clear()
+        adapter = self._lib.llama_adapter_lora_init(self.handle, str(path).encode())
+        if not adapter:
+            raise ModelError(f"llama.cpp cannot load {path} as a LoRA adapter of these weights{_last_error()}")
+        return adapter
+
     def close(self) -> None:
         """Free the weights; again is fine."""
         if self._handle:
@@ -253,6 +269,12 @@ class Decoder:
         )
         self._views: dict[int, npt.NDArray[np.float32]] = {}
         self._decode, self._get_logits = self._lib.llama_decode, self._lib.llama_get_logits
+
+    def set_lora(self, adapter: Any, scale: float) -> None:
+        """Add an adapter's matrices, times `scale`, to the weights of every step from now on."""
+        code = self._lib.llama_set_adapters_lora(self._handle, (_ptr * 1)(adapter), 1, (_f32 * 1)(scale))
+        if code:
+            raise ModelError(f"llama.cpp cannot use the LoRA adapter (code {code}){_last_error()}")
 
     def set_threads(self, rows: int, threads: int) -> None:
         """CPU threads of the steps that follow, which have so many rows."""

@@ -45,6 +45,9 @@ class LlamaCppEngine(InProcessEngine):
         keep: Cells of finished calls that are always kept for reuse; every step pays a little for them.
         prefill_rows: Given tokens computed in one step while other calls sample.
         flush_s: How often calls that go on sampling yield a chunk.
+        lora: A LoRA adapter of these weights, as a GGUF file (llama.cpp's `convert_lora_to_gguf.py` writes one from a
+            folder of peft).
+        lora_scale: What the adapter is multiplied with, beside its own alpha.
         speculate: Tokens guessed ahead of each greedy call by prompt lookup, and checked in the same step; 0 guesses
             none. Changes how long a call takes, not its tokens (in float32; elsewhere rows of one step round
             differently beside each other). Pays where text repeats and a further row costs little.
@@ -69,6 +72,8 @@ class LlamaCppEngine(InProcessEngine):
         keep: int = 128,
         prefill_rows: int = 64,
         flush_s: float = 0.01,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
         speculate: int = 0,
     ) -> None:
         if not 2 <= max_seqs <= MAX_SEQS:
@@ -79,6 +84,11 @@ class LlamaCppEngine(InProcessEngine):
             raise RequestError("flash_attention needs cache='F16'")
         super().__init__(cells=-(-max(cells, 256) // 256) * 256)  # llama.cpp rounds up likewise
         self._model = Model(path)
+        try:
+            self._lora = None if lora is None else (self._model.load_lora(lora), lora_scale)
+        except BaseException:
+            self._model.close()
+            raise
         self.vocab_size = self._model.vocab_size
         self.max_context = min(max_context or self._model.trained_context, self._cells - 1)
         if flash_attention is None:
@@ -106,6 +116,8 @@ class LlamaCppEngine(InProcessEngine):
                 max_rows=min(512 + self._max_seqs, self._cells),
                 **self._options,
             )
+            if self._lora is not None:
+                decoder.set_lora(*self._lora)
         except BaseException:
             await self.aclose()
             raise

@@ -76,18 +76,28 @@ def _folder(path: Path) -> Checkpoint:
         raise ModelError(
             f"cannot read {path / 'config.json'}: {exc}; a folder must be as transformers saves it"
         ) from exc
+    weights: dict[str, Any] = {}
+    for file in _shards(path):
+        weights |= load_safetensors(file)
+    return Checkpoint(config=config, weights={n: w for n, w in weights.items() if not n.endswith(_NOT_WEIGHTS)})
+
+
+def load_safetensors(file: Path) -> dict[str, Any]:
+    """The tensors of a file.
+
+    Raises:
+        ModelError: It is missing or damaged.
+        EngineUnavailable: safetensors is not installed.
+    """
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as exc:
-        raise EngineUnavailable(f"reading {path} needs safetensors: {INSTALL}") from exc
-    weights: dict[str, Any] = {}
-    for file in _shards(path):
-        try:
-            weights |= load_file(file)
-        except (OSError, SafetensorError) as exc:
-            raise ModelError(f"cannot read {file}: {exc}") from exc
-    return Checkpoint(config=config, weights={n: w for n, w in weights.items() if not n.endswith(_NOT_WEIGHTS)})
+        raise EngineUnavailable(f"reading {file} needs safetensors: {INSTALL}") from exc
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as exc:
+        raise ModelError(f"cannot read {file}: {exc}") from exc
 
 
 def _shards(path: Path) -> list[Path]:

@@ -26,6 +26,7 @@ except ImportError as exc:
     raise EngineUnavailable(f"the torch engine needs PyTorch: {INSTALL}") from exc
 
 from plait.engines.torch.blocks import Pool
+from plait.engines.torch.lora import with_lora
 from plait.engines.torch.model import Config, Decoder
 from plait.engines.torch.scheduler import Call, NewWeights, Scheduler, num_blocks
 
@@ -47,6 +48,9 @@ class TorchEngine(InProcessEngine):
         threads: CPU threads of torch, for the whole process; by default as torch is set.
         prefill_rows: Given tokens computed in one step while other calls sample.
         flush_s: How often calls that go on sampling yield a chunk.
+        lora: A LoRA adapter of these weights, a folder as peft saves it. It is added to the weights as they are read,
+            so it costs nothing later; `load_weights` replaces the sum.
+        lora_scale: What the adapter is multiplied with, beside its own alpha.
         version: Number of the weights, for whoever replaces them.
 
     Raises:
@@ -69,6 +73,8 @@ class TorchEngine(InProcessEngine):
         threads: int | None = None,
         prefill_rows: int = 256,
         flush_s: float = 0.01,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
         version: int = 0,
     ) -> None:
         if dtype not in ("auto", *_DTYPES):
@@ -79,6 +85,8 @@ class TorchEngine(InProcessEngine):
         self._blocks = max(cells // block_size, 2)
         super().__init__(cells=self._blocks * block_size)
         checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
+        if lora is not None:
+            checkpoint = with_lora(checkpoint, lora, scale=lora_scale)
         config = Config.read(checkpoint.config)
         self.vocab_size = config.vocab_size
         self.max_context = min(max_context or config.max_positions, self._cells)
