@@ -18,8 +18,8 @@ def configure(kind: str) -> None:
     """
     handler = logging.NullHandler() if kind == "off" else logging.StreamHandler()
     handler.setFormatter(_Json() if kind == "json" else _Plain())
-    # uvicorn's own words only where something is wrong.
-    for name, level in ((NAME, logging.INFO), ("uvicorn.error", logging.WARNING)):
+    # Words of others only where something is wrong; asyncio warns of each write to a client that has just left.
+    for name, level in ((NAME, logging.INFO), ("uvicorn.error", logging.WARNING), ("asyncio", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False
