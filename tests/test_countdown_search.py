@@ -82,6 +82,13 @@ def test_a_solution_follows_a_goal_and_a_search_without_one_says_so() -> None:
             assert ("No solution found." in text) or solved(drawn, tree)
 
 
+def test_the_answer_of_a_race_is_what_its_winner_returned() -> None:
+    for seed in range(24):
+        tree = tree_of(problem(seed, beam=6, spawn=1.0), "plait")
+        answer = tasks.answer_of(response_text(tree, SEARCH))
+        assert answer is None or f" {answer}\n</Thread>" in SEARCH.decode(tree.segments["0:1"].forced_ids)
+
+
 def test_every_equation_of_a_trace_is_right_and_within_range() -> None:
     for seed in range(8):
         text = response_text(tree_of(problem(seed, serial_beam=5), "sequential"), SEARCH)

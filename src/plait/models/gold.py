@@ -96,10 +96,10 @@ def gold_tree(
         RequestError: The format has no form for a part of it, or for a budget.
     """
     ids = prompt_ids(tokenizer, problem.prompt)
-    plait = format.name == "plait"
+    plait, fresh = format.name == "plait", format.name == "apr"
 
     def solved(max_threads: int | None, *, parallel: bool) -> Tree:
-        trace = tasks.gold(problem, parallel=parallel, max_threads=max_threads, plait=plait)
+        trace = tasks.gold(problem, parallel=parallel, max_threads=max_threads, plait=plait, fresh=fresh)
         return render(trace, format=format, tokenizer=tokenizer, prompt_ids=ids)
 
     if budget is None:

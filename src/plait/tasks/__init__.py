@@ -9,22 +9,23 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 from plait.errors import RequestError, nearest
-from plait.formats.base import Block, Trajectory
-from plait.tasks.base import Budgeted, Family, Problem
+from plait.formats.base import Block, Return, Trajectory
+from plait.tasks.base import Budgeted, Family, Problem, Told
 from plait.tasks.bundle import Bundle
 from plait.tasks.control import Control
 from plait.tasks.countdown import Countdown
 from plait.tasks.countdown_search import CountdownSearch
 from plait.tasks.expression import Expression
 from plait.tasks.long_multiplication import LongMultiplication
+from plait.tasks.nested import Nested
 from plait.tasks.notation import canonical, spelled
 from plait.tasks.product import Product
 
 _FAMILIES: tuple[Family, ...] = (LongMultiplication(), Product(), Expression(), Bundle(), Countdown(), Control())
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 """What the embedded models are trained on."""
-RESEARCH: dict[str, Family] = {family.name: family for family in (CountdownSearch(),)}
-"""For comparisons with published systems, in vocabularies of their own."""
+RESEARCH: dict[str, Family] = {family.name: family for family in (CountdownSearch(), Nested())}
+"""For comparisons of formats and with published systems; no embedded model knows them."""
 
 Split = Literal["train", "held_out"]
 _ANSWER = "Answer: "
@@ -117,7 +118,9 @@ def known() -> str:
     return "What the embedded model was trained on:\n" + "\n".join(f"  {f.name}: {f.about}" for f in _FAMILIES)
 
 
-def gold(problem: Problem, *, parallel: bool, max_threads: int | None = None, plait: bool = False) -> Trajectory:
+def gold(
+    problem: Problem, *, parallel: bool, max_threads: int | None = None, plait: bool = False, fresh: bool = False
+) -> Trajectory:
     """The gold solution: with blocks where forking is right and wanted, else on one line.
 
     Args:
@@ -126,14 +129,40 @@ def gold(problem: Problem, *, parallel: bool, max_threads: int | None = None, pl
         max_threads: Threads that it may fork; None: as many as help. A family that is not `Budgeted` knows one number
             of threads for each problem, and is on one line where there are fewer.
         plait: Whether what only the plait format has may be used.
+        fresh: Whether threads do not see their parent: they are told all that they need, and their last line is what
+            they return.
     """
     chosen = family(problem.family)
     if not parallel or not problem.forks:
         return chosen.serial(problem)
     if isinstance(chosen, Budgeted):
-        return chosen.within(problem, max_threads, plait=plait)
-    trace = chosen.parallel(problem)
-    return trace if max_threads is None or num_threads(trace) <= max_threads else chosen.serial(problem)
+        trace = chosen.within(problem, max_threads, plait=plait)
+    else:
+        trace = chosen.parallel(problem)
+        if max_threads is not None and num_threads(trace) > max_threads:
+            return chosen.serial(problem)
+    if isinstance(chosen, Told) and (fresh or (plait and not isinstance(chosen, Budgeted))):
+        return _returning(trace, chosen.told(problem), fresh=fresh)
+    return trace
+
+
+def _returning(trace: Trajectory, told: tuple[tuple[str, str], ...], *, fresh: bool) -> Trajectory:
+    """A solution whose threads return a value: as a conclusion, or, where they start afresh, as their last line."""
+    out: Trajectory = ()
+    for part in trace:
+        if not isinstance(part, Block):
+            out += (part,)
+            continue
+        threads: list[Trajectory] = []
+        for thread, (_, value) in zip(part.threads, told, strict=True):
+            work = "".join(map(str, thread)).removesuffix(value)
+            threads.append((f"{work}\n{value}",) if fresh else (work, Return(value)))
+        if not fresh:
+            out += (replace(part, threads=tuple(threads)),)
+            continue
+        out += (Block(outlines=tuple(message for message, _ in told), threads=tuple(threads)),)
+        out += (part.conclusion,) if part.conclusion else ()
+    return out
 
 
 def num_threads(trace: Trajectory) -> int:
@@ -160,6 +189,7 @@ __all__ = [
     "Family",
     "Problem",
     "Split",
+    "Told",
     "answer_of",
     "family",
     "gold",

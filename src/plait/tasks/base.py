@@ -66,6 +66,18 @@ class Family(Protocol):
 
 
 @runtime_checkable
+class Told(Protocol):
+    """A family whose flat solutions have one block, of threads that can be told all they need and return a value."""
+
+    def told(self, problem: Problem) -> tuple[tuple[str, str], ...]:
+        """For each thread what it is told where it does not see its parent, and what it returns.
+
+        A text that ends in what it returns is written without that end before it.
+        """
+        ...
+
+
+@runtime_checkable
 class Budgeted(Protocol):
     """A family whose gold solutions use the threads that they are given, and what only the plait format has."""
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 from plait.errors import RequestError
 from plait.formats.base import Block, Trajectory
 from plait.tasks.base import Problem
-from plait.tasks.notation import parse_expression
+from plait.tasks.notation import parse_expression, spelled
 from plait.tasks.terms import Term, as_term, number
 from plait.tasks.worked import answer, block_cost, worth
 
@@ -86,6 +86,9 @@ class Bundle:
 
     def _known(self, problem: Problem) -> list[Term]:
         return [q for q in self._questions(problem.prompt) if q is not None]
+
+    def told(self, problem: Problem) -> tuple[tuple[str, str], ...]:
+        return tuple((spelled(f"{q.text}?").rstrip("?"), f"={q.value}") for q in self._known(problem))
 
     def serial(self, problem: Problem) -> Trajectory:
         return (";".join(map(_solved, self._known(problem))), *answer(problem.answer))

@@ -12,12 +12,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import ClassVar
 
 from plait.errors import RequestError
-from plait.formats.base import Block, Trajectory
+from plait.formats.base import Block, Return, Trajectory
 from plait.tasks.base import Problem
 from plait.tasks.notation import two_digits
 from plait.tasks.worked import answer
@@ -110,6 +110,32 @@ class Countdown:
             threads.append(two_digits(_search(pair, rest, target)))
         return labels, threads
 
+    def within(self, problem: Problem, max_threads: int | None, *, plait: bool) -> Trajectory:
+        """In the plait format its threads race, and return the equations that they found."""
+        trace = self.parallel(problem)
+        block = trace[0]
+        assert isinstance(block, Block), "a solution begins with its block"
+        if max_threads is not None and len(block.threads) > max_threads:
+            return self.serial(problem)
+        if not plait:
+            return trace
+        found = [value for _, value in self.told(problem)]
+        threads = tuple(t if v == "none" else (*t, Return(v)) for t, v in zip(block.threads, found, strict=True))
+        # Every character of these threads is a token: the shortest success wins.
+        won = min((t for t in threads if len(t) > 1), key=lambda t: sum(len(_said(part)) for part in t), default=None)
+        return (replace(block, threads=threads, race=True), *answer("none" if won is None else _said(won[-1])))
+
+    def told(self, problem: Problem) -> tuple[tuple[str, str], ...]:
+        left, right = problem.prompt.rstrip("?").split(">")
+        numbers, target = tuple(map(int, left.split(","))), int(right)
+        out: list[tuple[str, str]] = []
+        for pair in _pairs(numbers):
+            rest = _without(numbers, pair)
+            first = ((value, text) for move, made in _moves(*pair) for value, text in _ends(move, made, rest))
+            found = next((text for value, text in first if value == target), "none")
+            out.append((two_digits(f"{pair[0]},{pair[1]}:{','.join(map(str, rest))}>{target}"), found))
+        return tuple(out)
+
     def serial(self, problem: Problem) -> Trajectory:
         _, threads = self._threads(problem)
         found = next((i for i, t in enumerate(threads) if t.endswith("!")), len(threads) - 1)
@@ -141,6 +167,15 @@ def _moves(a: int, b: int, *, ones: bool = False) -> list[tuple[str, int]]:
     a, b = max(a, b), min(a, b)
     values = [(f"{a}{sign}{b}", _apply(a, sign, b, ones=ones)) for sign in "+-*/"]
     return [(f"{text}={value}", value) for text, value in values if value is not None]
+
+
+def _ends(text: str, value: int, rest: list[int]) -> list[tuple[int, str]]:
+    """What can be made after a move, with its equations."""
+    return [(end, f"{text},{more}") for end, more in _all(_left(value, rest))] if rest else [(value, text)]
+
+
+def _said(part: object) -> str:
+    return part.text if isinstance(part, Return) else str(part)
 
 
 def _pairs(numbers: tuple[int, ...]) -> list[tuple[int, int]]:

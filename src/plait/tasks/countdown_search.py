@@ -3,7 +3,7 @@
 A search writes the state of a node, explores its best successors in random order, and goes on with the best open node.
 In parallel the successors of the root become sub searches that start from their own state alone (message join), or, in
 the plait format, threads that race to the first success. On one line the sub searches stand where they are entered
-(SoS+). Every problem can be solved; a search that keeps too little says so, and has no answer. Knows nothing of ids.
+(SoS+). Every problem can be solved; a search that keeps too little says so, and has no answer. Knows its vocabulary.
 
 What differs from the paper: results are at most `largest`; numbers stand sorted, so that the held-out split is one of
 multisets; there is one round of sub searches; the solution is one `Answer: ` line where the paper replays the path.
@@ -24,6 +24,7 @@ from typing import ClassVar, TypeAlias
 
 from plait.formats.base import Block, Return, Trajectory
 from plait.tasks.base import Problem
+from plait.tasks.vocabulary import SEARCH
 from plait.tasks.worked import answer
 
 _EQUATION = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
@@ -106,7 +107,7 @@ class CountdownSearch:
     def serial(self, problem: Problem) -> Trajectory:
         shape, (root, target) = problem.shape, _root(problem)
         search = _Search(target, shape["serial_beam"], shape["largest"], random.Random(shape["seed"]), shape["dive"])
-        return _ended("", *search.run(root))
+        return _ended(*search.run(root))
 
     def parallel(self, problem: Problem) -> Trajectory:
         return self.within(problem, None, plait=False)
@@ -121,33 +122,29 @@ class CountdownSearch:
         lines, nodes, found = parent.explore(root)
         if found is not None or len(nodes) < 2 or rng.random() >= shape["spawn"]:
             more, found = parent.go_on(nodes) if found is None else ([], found)
-            return _ended("", lines + more, found)
+            return _ended(lines + more, found)
         low, high = shape["sub_beam"]
         sub_beam = rng.randint(max(low, beam), high) if beam < high else beam
         threads: list[Trajectory] = []
-        solutions: list[tuple[str, ...]] = []
+        solutions: list[tuple[int, _Found]] = []
         for node in nodes:
             inner, found = _Search(target, sub_beam, shape["largest"], rng).run(node)
-            if found is not None:
-                solutions.append(found)
+            text = "".join(f"\n{line}" for line in inner)
             if plait:
-                text = "".join(f"{line}\n" for line in (*node.entered(target), *inner)).removesuffix("\n")
-                threads.append((text,) if found is None else (text, Return(",".join(found))))
-            else:
-                threads.append(("".join(f"\n{line}" for line in inner),))
+                text = "\n".join(node.entered(target)) + text
+            if found is not None:
+                # All children are read, in order; of a race the winner alone, which is the shortest success.
+                solutions.append((len(SEARCH.encode(text)) if plait else len(threads), found))
+            threads.append((text, Return(",".join(found))) if plait and found is not None else (text,))
         block = Block(outlines=tuple(node.moving for node in nodes), threads=tuple(threads), race=plait)
         head = "".join(f"\n{line}" for line in lines)
         goal = [f"{target},{target} equal: Goal Reached"] if solutions else ["No solution found."]
-        tail = _ended("", goal, _first(solutions))
+        tail = _ended(goal, min(solutions, key=lambda s: s[0])[1] if solutions else None)
         return (f"{head}\n", block, *tail)
 
 
-def _first(solutions: list[tuple[str, ...]]) -> tuple[str, ...] | None:
-    return solutions[0] if solutions else None
-
-
-def _ended(head: str, lines: Sequence[str], solution: Sequence[str] | None) -> Trajectory:
-    text = head + "".join(f"\n{line}" for line in lines)
+def _ended(lines: Sequence[str], solution: Sequence[str] | None) -> Trajectory:
+    text = "".join(f"\n{line}" for line in lines)
     return (text,) if solution is None else (text, *answer(",".join(solution)))
 
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 from plait.errors import RequestError
 from plait.formats.base import Block, Trajectory
 from plait.tasks.base import Problem
-from plait.tasks.notation import Sum, parse_expression
+from plait.tasks.notation import Sum, parse_expression, spelled
 from plait.tasks.terms import Term, as_term, number
-from plait.tasks.worked import answer, answer_cost, block_cost, columns, columns_cost, worth
+from plait.tasks.worked import addend, answer, answer_cost, block_cost, columns, columns_cost, worth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,9 @@ class Expression:
 
     def _known_terms(self, problem: Problem) -> list[Term]:
         return [t for t in self._terms(problem.prompt) if t is not None]
+
+    def told(self, problem: Problem) -> tuple[tuple[str, str], ...]:
+        return tuple((spelled(f"{t.text}?").rstrip("?"), addend(t.value)) for t in self._known_terms(problem))
 
     def serial(self, problem: Problem) -> Trajectory:
         terms = self._known_terms(problem)

@@ -10,9 +10,9 @@ from typing import ClassVar
 from plait.errors import RequestError
 from plait.formats.base import Trajectory
 from plait.tasks.base import Problem
-from plait.tasks.notation import Product, parse_expression
+from plait.tasks.notation import Product, parse_expression, spelled
 from plait.tasks.terms import number
-from plait.tasks.worked import Products, answer
+from plait.tasks.worked import Products, addend, answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,11 @@ class LongMultiplication:
     def _numbers(self, problem: Problem) -> tuple[int, int]:
         a, b = problem.prompt.rstrip("?").split("*")
         return int(a), int(b)
+
+    def told(self, problem: Problem) -> tuple[tuple[str, str], ...]:
+        a, b = self._numbers(problem)
+        parts = [(a, int(label)) for label in Products(((a, b),), final=True).labels]
+        return tuple((spelled(f"{a}*{n}?").rstrip("?"), addend(a * n)) for a, n in parts)
 
     def serial(self, problem: Problem) -> Trajectory:
         return (Products((self._numbers(problem),), final=True).serial(), *answer(problem.answer))

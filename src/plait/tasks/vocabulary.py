@@ -103,4 +103,21 @@ SEARCH = FixedTokenizer(
 )
 """Of searches as in the APR paper: a token for each number up to 99 and for each phrase, its newline included."""
 
-TOKENIZERS = {"compact": TOKENIZER, "wide": WIDE, "search": SEARCH}
+MESSAGES = (
+    "<Start Sub Search ",
+    " at level 1> ",
+    " at level 1>",
+    "<Sub Searches>",
+    "<End Sub Searches>",
+    "<Goal Reached in Sub Search ",
+    "<No Solution in Sub Search ",
+)
+JOINS = FixedTokenizer(
+    (*TOKENIZER.tokens, *MESSAGES, *SEARCH_CONTROL),
+    control=(*CONTROL, *_RESERVED, *SEARCH_CONTROL),
+    bos="<bos>",
+    eos="<eos>",
+)
+"""The embedded models' ids, and APR's phrases: one vocabulary for the same problems in every kind of join."""
+
+TOKENIZERS = {"compact": TOKENIZER, "wide": WIDE, "search": SEARCH, "joins": JOINS}
