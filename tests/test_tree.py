@@ -202,3 +202,12 @@ def test_nested_threads_count_with_their_own_latency() -> None:
     assert (tree.num_response(), tree.token_latency(wrapper_tokens=0)) == (1 + 10 + 9 + 2, 1 + 9 + 2)
     assert tree.critical_path() == 1 + 8 + 1
     assert tree.num_forks == 2
+
+
+def test_what_was_cut_at_the_end_of_a_race_is_not_on_the_critical_path() -> None:
+    tree = Tree()
+    grow(tree, "0:0", None, (1,), (2,))
+    grow(tree, "0/0.0:0", "0:0", (), (3, 4), stop=StopReason.CANCELLED)
+    grow(tree, "0/0.1:0", "0:0", (), (3, 4))
+    grow(tree, "0:1", "0:0", (5,), (6,), joins=("0/0.0:0", "0/0.1:0"), join="message")
+    assert [id for id, span in tree.spans().items() if span.critical] == ["0:0", "0/0.1:0", "0:1"]

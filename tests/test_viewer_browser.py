@@ -16,14 +16,50 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from odd_runs import odd_runs
 from plait import viewer
-from plait.events import Event, encode
+from plait.events import (
+    Event,
+    RunEnded,
+    RunStarted,
+    SegmentEnded,
+    SegmentStarted,
+    ThreadForked,
+    TokensSampled,
+    encode,
+)
 from plait.testing.strategies import Program, formats, programs
-from plait.types import context_cells
+from plait.types import StopReason, context_cells
 from plait.viewer import describe_run, document
 from wide_runs import HOSTILE, wide_run
 
 selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+
+FIRST_PAINT = "return performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? NaN"
+# A fixed piece of work: about 12 ms on a free core.
+PACE = """
+const done = arguments[arguments.length - 1], started = performance.now();
+let state = 1;
+for (let i = 0; i < 1.2e7; i++) state = Math.imul(state, 1103515245) + 12345 | 0;
+done(performance.now() - started + (state === 0));
+"""
+# What each of these takes until it is drawn: the key, and the frame after it.
+INTERACTIONS = """
+const done = arguments[arguments.length - 1], took = [];
+const keys = ['ArrowDown', 'ArrowDown', 'ArrowRight', 'w', 'w', 'd', '2', '1', '0', 'h', 's', 'a', 'Escape'];
+const next = () => {
+  if (!keys.length) return done(took.sort((a, b) => a - b));
+  const started = performance.now();
+  document.body.dispatchEvent(new KeyboardEvent('keydown', { key: keys.shift(), bubbles: true }));
+  const handled = performance.now() - started;
+  requestAnimationFrame((frame) => {
+    const drawing = performance.now();
+    // What was asked for before comes first: its time is drawing.
+    setTimeout(() => { took.push(handled + Math.max(0, drawing - frame)); next(); }, 20);
+  });
+};
+next();
+"""
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -93,16 +129,144 @@ def text(browser: Any, selector: str) -> str:
     )
 
 
-def test_hostile_text_stays_text(shown: Callable[..., Any]) -> None:
-    browser = shown(wide_run(120, question=HOSTILE[1]))
-    assert text(browser, "h1") == HOSTILE[1]
-    said = text(browser, ".reading")
-    assert all(hostile in said for hostile in HOSTILE[:5])
-    assert browser.execute_script("return window.hit") is None
-    assert browser.execute_script("return document.querySelectorAll('#app script, #app img, #app iframe').length") == 0
+# What would run, load, or break out of the place it stands in, if any of it were read as more than text.
+CORPUS = (
+    *HOSTILE,
+    "<svg/onload=window.hit=1>",
+    "<iframe srcdoc='<script>parent.hit=1</script>'></iframe>",
+    "<math><mtext><table><mglyph><style><img src=x onerror=window.hit=1>",
+    "<a href=javascript:window.hit=1>open</a>",
+    "<details open ontoggle=window.hit=1>",
+    "<style>*{display:none}</style>",
+    "<base href=https://plait.invalid/>",
+    "<link rel=stylesheet href=https://plait.invalid/x.css>",
+    "<meta http-equiv=refresh content='0;url=https://plait.invalid/'>",
+    "<form action=https://plait.invalid/><input autofocus onfocus=window.hit=1>",
+    '"; window.hit = 1; //',
+    "'-window.hit=1-'",
+    "${window.hit=1}",
+    "]]><script>window.hit=1</script>",
+    "--><script>window.hit=1</script>",
+    "\\u003cscript>window.hit=1\\u003c/script>",
+    "%3Cscript%3Ewindow.hit=1%3C/script%3E",
+    "__proto__",
+    "constructor",
+    "{{data}}",
+    "\u2028window.hit=1\u2029",
+    "\x1b[31m\x07",
+    "a" * 5000,
+)
+ASKED_OF = """
+const kinds = 'script, img, iframe, style, link, base, meta, object, embed, form[action]';
+const found = document.querySelectorAll(`:is(${kinds}):is(#app *)`);
+return [window.hit ?? null, found.length, getComputedStyle(document.body).display, document.baseURI === location.href,
+  [...document.querySelectorAll('#app *')].some((n) => [...n.attributes].some((a) => /^on/i.test(a.name)))];
+"""
+
+
+def hostile_run(text: str) -> list[Event]:
+    """A run that says this in all that the page shows: prompt, names, tokens, headers, notes of every ending."""
+    tokenizer = {"tokens": [text, f" {text}", "<t>"], "control": ["<t>"], "bos": "<t>", "eos": "<t>"}
+    names = dict.fromkeys(("question", "family", "model", "format", "engine", "prompt"), text)
+    events: list[Event] = [RunStarted(meta={**names, "tokenizer": tokenizer})]
+    ends = {"0:0": StopReason.STOP, "0/0.0:0": StopReason.CANCELLED, "0/0.1:0": StopReason.MALFORMED}
+    for id, stop in ends.items():
+        parent = None if id == "0:0" else "0:0"
+        events.append(SegmentStarted(id=id, parent=parent, forced_ids=(0, 2)))
+        events.append(TokensSampled(id=id, token_ids=(1, 0, 2), logprobs=(-0.5, -0.1, 0.0), t=0.1))
+        events.append(SegmentEnded(id=id, stop=stop, note=text, t=0.2))
+        if id == "0:0":
+            events.append(ThreadForked(segment=id, threads=("0/0.0", "0/0.1"), labels=(text, text)))
+    return [*events, RunEnded(stop=StopReason.MALFORMED, note=text, t=0.3)]
+
+
+def test_hostile_text_stays_text_wherever_it_is_shown(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    runs = [describe_run(hostile_run(text), name=text, answer=text, right=False) for text in CORPUS]
+    rows = [{"model": run["meta"]["model"], "family": text, "n": 1} for run, text in zip(runs, CORPUS, strict=True)]
+    numbers = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "critical_path_tokens", "total_tokens"), 0.5)
+    data = {"runs": runs, "records": [], "groups": [row | numbers for row in rows]}
+    path = tmp_path / "page.html"
+    path.write_text(document(data, title=CORPUS[2]).html, encoding="utf-8")
+    browser.get_log("browser")
+    browser.get(path.as_uri())
+    wait(browser, "return document.documentElement.dataset.ready !== undefined")
+    inert = [None, 0, "block", True, False]
+    assert browser.execute_script(ASKED_OF) == inert
+    browser.execute_script("document.querySelectorAll('.mark').forEach((m) => m.dispatchEvent(new Event('focus')))")
+    for i, hostile in enumerate(CORPUS):
+        browser.execute_script("location.hash = arguments[0]", f"trace={i}")
+        shown = "return document.querySelector('.reading')?.textContent.length > 0 && location.hash === arguments[0]"
+        wait(browser, shown.replace("arguments[0]", f"'#trace={i}'"))
+        press(browser, Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_RIGHT, "3", "h")
+        said = {place: text(browser, place) for place in ("h1", ".stats", ".reading", ".inspector")}
+        expected = hostile.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert said["h1"] == expected
+        assert all(expected in where for where in (said[".stats"], said[".reading"]))
+        assert browser.execute_script(ASKED_OF) == inert, hostile[:80]
+    browser.execute_script(f"location.hash = 'race=0,{len(CORPUS) - 1}'")
+    wait(browser, "return document.querySelectorAll('.runner').length === 2")
+    assert browser.execute_script(ASKED_OF) == inert
+    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     with pytest.raises(Exception, match="TrustedHTML"):
         browser.execute_script("document.body.innerHTML = '<b>x</b>'")
     browser.get_log("browser")
+
+
+def test_every_kind_of_run_is_drawn(shown: Callable[..., Any]) -> None:
+    runs, said = odd_runs(), dict[str, str]()
+    browser = shown(*runs.values())
+    for i, kind in enumerate(runs):
+        browser.execute_script("location.hash = arguments[0]", f"trace={i}")
+        wait(browser, f"return location.hash === '#trace={i}' && document.querySelector('.reading .said') !== null")
+        said[kind] = text(browser, ".legend") + text(browser, ".reading") + text(browser, ".sentence")
+        press(browser, "1", "2", "3", " ", " ", "f")
+        # The second row of the canvas holds a bar: what is drawn is not only a ruler.
+        drawn = """
+        const lanes = document.querySelector('.lanes'), ratio = window.devicePixelRatio || 1;
+        const row = lanes.getContext('2d').getImageData(0, 40 * ratio, lanes.width, 1).data;
+        return row.some((value) => value > 0);
+        """
+        wait(browser, drawn, seconds=5)
+        said[kind] = text(browser, ".legend") + text(browser, ".reading") + text(browser, ".sentence")
+    assert "cancelled" in said["race"]
+    assert "ended the race" in said["race"]
+    assert "closed by the runtime" in said["budget"]
+    assert "max_thread_tokens=180 is used up" in said["budget"]
+    assert "wait for each other" in said["malformed"]
+    assert "without waiting for it" in said["messages"]
+    assert "The run was left before its end" in said["left"]
+    assert "One line of" in said["one line"]
+
+
+def test_a_fork_is_seen_to_split(browser: Any) -> None:
+    """A thread's lane comes out of its parent's: at first between the two, in the end on its own."""
+    static = files("plait.viewer") / "static"
+    names = ("model.js", "dom.js", "plane.js", "lanes.js", "hands.js")
+    script = "".join((static / name).read_text(encoding="utf-8") for name in names)
+    watched = """
+    const box = document.createElement('div'), done = arguments[arguments.length - 1];
+    document.body.append(box);
+    palette.read();
+    const lanes = new Lanes(new Run(arguments[0]));
+    const heights = () => [...lanes.run.threads.values()].map((thread) => lanes._middle(thread));
+    lanes.attach(box);
+    const seen = [heights()];
+    const frame = () => {
+      seen.push(heights());
+      if (lanes.born.size) requestAnimationFrame(frame); else { lanes.close(); done(seen); }
+    };
+    requestAnimationFrame(frame);
+    """
+    browser.get("about:blank")
+    browser.set_script_timeout(20)
+    run = describe_run(odd_runs()["nested"])
+    seen = browser.execute_async_script(script + watched, run)
+    first, last = seen[0], seen[-1]
+    assert len(set(last)) == len(last) == 5
+    assert max(first) - min(first) < 0.5 * (max(last) - min(last))
+    assert first[0] == last[0]
 
 
 def test_keys_choose_fold_and_switch(shown: Callable[..., Any]) -> None:
@@ -152,36 +316,24 @@ def test_what_a_token_attends_to_is_what_its_context_holds(browser: Any) -> None
 
 
 def test_ten_thousand_segments_are_quick(shown: Callable[..., Any]) -> None:
+    """On a free machine 1000 ms to the first paint and 50 ms an interaction; a busy one is asked how slow it is."""
     browser = shown(wide_run(10_000))
-    ready = float(browser.execute_script("return document.documentElement.dataset.ready"))
-    interact = """
-    const key = (key) => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));
-    const took = [];
-    for (const k of ['ArrowDown', 'ArrowDown', 'ArrowRight', 'w', 'w', 'd', '2', '1', '0', 'h']) {
-      const started = performance.now();
-      key(k);
-      took.push(performance.now() - started);
-    }
-    return took.sort((a, b) => a - b);
-    """
-    took = browser.execute_script(interact)
-    paint = "return performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? NaN"
-    painted = float(browser.execute_script(paint))
-    print(
-        f"ready after {ready:.0f} ms, painted after {painted:.0f} ms; a key {took[5]:.0f} ms, at most {took[-1]:.0f} ms"
-    )
-    # Goals are 1000 and 50 ms on a free machine; the bounds leave room for a busy one.
-    assert ready < 8000
-    assert took[5] < 400
+    slow = max(1.0, browser.execute_async_script(PACE) / 12)
+    painted = float(browser.execute_script(FIRST_PAINT))
+    took = browser.execute_async_script(INTERACTIONS)
+    print(f"painted after {painted:.0f} ms; an interaction {took[len(took) // 2]:.0f} ms, at most {took[-1]:.0f} ms; ")
+    print(f"the machine is {slow:.1f} times as slow as a free one")
+    assert painted < 1000 * 1.5 * slow
+    assert took[len(took) // 2] < 50 * 1.5 * slow
     assert browser.execute_script("return document.querySelectorAll('*').length") < 20_000
 
 
 def test_two_runs_of_a_question_race(shown: Callable[..., Any]) -> None:
     browser = shown(wide_run(30, seed=1), wide_run(60, seed=2))
     browser.execute_script("location.hash = 'race=0,1'")
-    wait(browser, "return document.querySelectorAll('.side').length === 2")
+    wait(browser, "return document.querySelectorAll('.runner').length === 2")
     press(browser, " ")
-    wait(browser, "return parseFloat(document.querySelectorAll('.side .clock')[0].textContent) > 0")
+    wait(browser, "return parseFloat(document.querySelectorAll('.runner .clock')[0].textContent) > 0")
     press(browser, " ")
     # The clock of a run that has ended stands still, so both are compared before either end.
     browser.execute_script("""
@@ -265,7 +417,7 @@ def test_a_question_is_asked_and_its_run_shown(browser: Any) -> None:
             browser.execute_script(
                 "document.getElementById('race').click(); document.querySelector('form').requestSubmit()"
             )
-            wait(browser, "return document.querySelectorAll('.side').length === 2")
+            wait(browser, "return document.querySelectorAll('.runner').length === 2")
             wait(browser, "return document.querySelector('.race .sentence').textContent.includes('in steps')")
             assert {asked["model"] for asked in _Live.asked[-2:]} == {"tiny", "twin"}
             assert [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []

@@ -283,17 +283,25 @@ class Tree:
         return sum(len(s.forced_ids) for s in self.segments.values() if s.joins and s.join != "merge")
 
     def spans(self) -> dict[str, Span]:
-        """When every segment samples: it waits for its parent and for all that it joins, then takes a step a token."""
+        """When every segment samples: it waits for its parent and for all that it joins, then takes a step a token.
+
+        Of chains that are equally long, the critical one is not that of a thread that was cut there: what was cut at
+        the end of a race did not end it.
+        """
         starts: dict[str, int] = {}
         ends: dict[str, int] = {}
         because: dict[str, str | None] = {}
+
+        def latest(id: str) -> tuple[int, bool]:
+            return ends[id], self.segments[id].stop is not StopReason.CANCELLED
+
         for s in self.segments.values():
             waits = s.joins if s.parent is None else (s.parent, *s.joins)
-            because[s.id] = max(waits, key=lambda id: ends[id], default=None)
+            because[s.id] = max(waits, key=latest, default=None)
             starts[s.id] = max((ends[id] for id in waits), default=0)
             ends[s.id] = starts[s.id] + len(s.sampled_ids)
         critical: set[str] = set()
-        at = max(ends, key=lambda id: ends[id], default=None)
+        at = max(ends, key=latest, default=None)
         while at is not None:
             critical.add(at)
             at = because[at]

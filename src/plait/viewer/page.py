@@ -16,7 +16,8 @@ from importlib.resources import files
 from typing import Any
 
 STYLES = ("viewer.css",)
-SCRIPTS = ("model.js", "dom.js", "lanes.js", "reading.js", "table.js", "race.js", "live.js", "app.js")
+PARTS = ("model", "dom", "plane", "lanes", "hands", "reading", "trace", "table", "race", "live", "app")
+SCRIPTS = tuple(f"{part}.js" for part in PARTS)
 """In order; they share one scope."""
 
 

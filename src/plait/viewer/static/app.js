@@ -1,173 +1,5 @@
 // The page: which view is shown, and which keys do what. The address says where one is: #trace=3, #race=0,1, #runs.
 
-class TraceView {
-  constructor(run, { others = [], open = null, race = null } = {}) {
-    this.run = run;
-    this.hover = el('div', { class: 'tip floating', hidden: true });
-    this.stage = el('div', { class: 'stage' });
-    const pick = (segment, token) => this.pick(segment, token);
-    this.reading = new Reading(run, { pick });
-    this.side = el('aside', {});
-    this.lanes = new Lanes(run, { pick, hover: (hit, x, y) => this._tip(hit, x, y) });
-    this.player = new Player(run.wall || 1e-3, (clock) => this.seek(clock));
-    this.axes = el('div', { class: 'segmented', role: 'radiogroup', 'aria-label': 'Axis' },
-      Object.entries(AXES).map(([key, axis], i) => el('button', {
-        role: 'radio', 'data-axis': key, title: `${axis.about} (${i + 1})`, onclick: () => this.setAxis(key),
-      }, axis.name)));
-    this.heat = el('button', { class: 'toggle', 'aria-pressed': 'false', title: 'Shade tokens that the model was unsure of (h)', onclick: () => this._heat() }, 'Doubt');
-    this.pack = run.threads.size > 4 ? el('button', { class: 'toggle fit', title: 'Threads that follow each other share lanes (p)', onclick: () => this.lanes.pack(!this.lanes.packed) }, 'Pack') : null;
-    const twins = others.map((other) => el('button', { class: 'toggle', onclick: () => race(other.index) }, `Race ${other.run.model || other.run.name}`));
-    this.title = el('h1', {});
-    this.sentence = el('p', { class: 'sentence' });
-    this.stats = el('dl', { class: 'stats' });
-    this.node = el('div', { class: 'trace' },
-      this.title, this.sentence, this.stats,
-      el('div', { class: 'tools' }, this.axes, this.player.node, el('span', { class: 'gap' }), twins.slice(0, 2), this.heat,
-        run.id ? el('a', { class: 'toggle', href: `/plait/runs/${run.id}/log`, download: `${run.id}.jsonl`, title: 'The log: plait view reads it' }, 'Log') : null,
-        this.pack, el('button', { class: 'toggle fit', title: 'Show all of it (0)', onclick: () => this.lanes.fit() }, 'Fit')),
-      this.stage, legend(),
-      el('div', { class: 'columns' },
-        el('div', { class: 'textual' },
-          el('div', { class: 'bar' }, el('h3', {}, 'Text'),
-            el('button', { class: 'link', onclick: () => this.reading.foldAll(true) }, 'fold all'),
-            el('button', { class: 'link', onclick: () => this.reading.foldAll(false) }, 'unfold')),
-          this.reading.node),
-        this.side),
-      this.hover);
-    this.head();
-    this.setAxis(this.lanes.axis);
-    this.pick(null, null);
-    this.lanes.attach(this.stage);
-  }
-
-  head() {
-    const { run } = this, usage = run.usage, stats = [];
-    const stat = (name, value, title, kind) => stats.push(el('div', { title, class: kind }, el('dt', {}, name), el('dd', {}, value)));
-    this.title.textContent = run.question;
-    this.sentence.textContent = sentence(run);
-    if (run.answer !== null) {
-      stat('answer', run.right === null ? run.answer : `${run.answer} ${run.right ? '\u2713' : '\u2717'}`, 'what the run answers', run.right === false ? 'bad' : 'lead');
-    }
-    stat('wall', seconds(run.wall), 'seconds from the start of the run to its last event');
-    if (usage) {
-      stat('critical path', `${usage.critical_path_tokens.toLocaleString('en')} of ${usage.sampled_tokens.toLocaleString('en')}`, 'sampled tokens on the longest dependent chain, of all');
-      stat('threads', usage.threads ? `${usage.threads} in ${count(usage.forks, 'fork')}` : 'none', 'forked threads');
-      stat('longest context', usage.longest_context_tokens.toLocaleString('en'), 'positions of the longest context that a thread held');
-      if (usage.reread_tokens) stat('read again', usage.reread_tokens.toLocaleString('en'), 'tokens given to the parent again at joins');
-    }
-    stat('ended', run.stop ? run.stop : run.cut ? 'cut off' : 'running', run.note || run.cut || 'why the run ended', run.stop && run.stop !== 'eos' || run.cut ? 'bad' : '');
-    for (const key of ['model', 'format', 'engine']) if (run.meta[key]) stat(key, String(run.meta[key]).split('@')[0], String(run.meta[key]), 'quiet');
-    this.stats.replaceChildren(...stats);
-  }
-
-  setAxis(axis) {
-    this.lanes.setAxis(axis);
-    for (const button of this.axes.children) {
-      button.setAttribute('aria-checked', String(button.dataset.axis === this.lanes.axis));
-      button.disabled = button.dataset.axis !== 'time' && !this.run.derived;
-    }
-  }
-
-  pick(segment, token) {
-    const seen = segment && token !== null ? this.run.sees(segment, token) : null;
-    this.lanes.select(segment, token, seen);
-    this.reading.select(segment, token, seen);
-    this.side.replaceChildren(inspector(this.run, segment, token, seen, (s, i) => this.pick(s, i)));
-    this.side.classList.toggle('has', Boolean(segment));
-  }
-
-  seek(clock) {
-    if (clock !== null && this.lanes.axis !== 'time') this.setAxis('time');
-    this.lanes.clock = clock;
-    this.lanes.draw();
-    this.reading.setClock(clock);
-  }
-
-  // A live run has new events.
-  refresh() {
-    this.head();
-    this.lanes.clock = this.run.finished ? null : this.run.wall;
-    this.lanes.draw();
-    this.reading.refresh();
-    this.player.setEnd(this.run.wall || 1e-3);
-  }
-
-  _heat() {
-    const on = this.reading.node.classList.toggle('heat');
-    this.heat.setAttribute('aria-pressed', String(on));
-  }
-
-  _tip(hit, x, y) {
-    this.hover.hidden = !hit || !hit.segment;
-    if (this.hover.hidden) return;
-    const { segment: s, token } = hit, run = this.run, thread = run.threads.get(s.thread);
-    const lines = [el('b', {}, thread.up ? `${run.title(thread)}  ${run.label(thread)}` : 'root', el('small', {}, s.id))];
-    lines.push(el('span', {}, `${count(s.sampled.length, 'token')} in ${seconds(s.t[1] - s.t[0])}`));
-    if (s.joins.length) lines.push(el('span', {}, `joins ${count(s.joins.length, 'thread')} by ${s.join}`));
-    if (s.note || BROKEN.has(s.stop)) lines.push(el('span', { class: 'bad' }, s.note || s.stop));
-    if (token !== null && token !== undefined) {
-      lines.push(el('span', { class: 'dim' }, `${s.inserted(token) ? 'inserted' : 'sampled'}: `, el('code', {}, run.text(s.token(token)))));
-    }
-    this.hover.replaceChildren(...lines);
-    this.hover.style.left = `${Math.min(x + 14, window.innerWidth - 270)}px`;
-    this.hover.style.top = `${y + 18 + 110 > window.innerHeight ? y - 110 : y + 18}px`;
-  }
-
-  key(e) {
-    const at = this.lanes.selected, token = this.lanes.token, run = this.run;
-    switch (e.key) {
-      case '1': case '2': case '3': this.setAxis(Object.keys(AXES)[Number(e.key) - 1]); return true;
-      case 'x': { const keys = Object.keys(AXES); this.setAxis(keys[(keys.indexOf(this.lanes.axis) + 1) % 3]); return true; }
-      case ' ': this.player.toggle(); return true;
-      case 'h': this._heat(); return true;
-      case 'Escape':
-        if (this.player.clock !== null) this.player.reset();
-        this.pick(null, null);
-        return true;
-      case 'ArrowDown': case 'ArrowUp': case 'j': case 'k': {
-        const threads = run.order(), down = e.key === 'ArrowDown' || e.key === 'j';
-        const next = at ? threads.indexOf(run.threads.get(at.thread)) + (down ? 1 : -1) : 0;
-        if (threads[next]) this.pick(threads[next].segments[0], null);
-        return true;
-      }
-      case 'ArrowRight': case 'ArrowLeft': {
-        if (!at) { this.pick(run.order()[0].segments[0], null); return true; }
-        const right = e.key === 'ArrowRight', own = run.threads.get(at.thread).segments, here = own.indexOf(at);
-        const next = token === null ? (right ? at.forced.length : at.length - 1) : token + (right ? 1 : -1);
-        if (next >= 0 && next < at.length) this.pick(at, next);
-        else if (own[here + (right ? 1 : -1)]) {
-          const other = own[here + (right ? 1 : -1)];
-          if (other.length) this.pick(other, right ? 0 : other.length - 1);
-        }
-        return true;
-      }
-      case 'Enter': if (at) this.reading.fold(run.threads.get(at.thread)); return Boolean(at);
-      default: return this.lanes.key(e);
-    }
-  }
-
-  restyle() { this.lanes.draw(); }
-
-  close() { this.player.close(); this.lanes.close(); }
-}
-
-// What is seen, in one sentence.
-function sentence(run) {
-  const usage = run.usage;
-  if (run.cut) return `${run.cut[0].toUpperCase()}${run.cut.slice(1)}.`;
-  if (!usage) return `${run.threads.size > 1 ? count(run.threads.size - 1, 'thread') : 'One line'} so far.`;
-  if (!usage.threads) return `One line of ${count(usage.sampled_tokens, 'token')}: each waits for the one before.`;
-  const times = usage.sampled_tokens / Math.max(1, usage.critical_path_tokens);
-  return `It split into ${count(usage.threads, 'thread')} side by side: ${usage.sampled_tokens.toLocaleString('en')} tokens in ${usage.critical_path_tokens.toLocaleString('en')} steps, ${times.toFixed(2)} at a time.`;
-}
-
-function legend() {
-  const item = (kind, text) => el('span', {}, el('i', { class: kind }), text);
-  return el('div', { class: 'legend' }, item('critical', 'critical path'), item('beside', 'beside it'),
-    item('given', 'not sampled: inserted, or waiting for the engine'), item('wait', 'waits for threads'),
-    item('forced', 'closed by the runtime'), item('broken', 'cancelled'));
-}
-
 const KEYS = [
   ['1 2 3', 'axis: time, steps, positions'], ['arrows', 'threads and tokens'], ['w s', 'zoom in and out'], ['a d', 'move'],
   ['0', 'show all'], ['f', 'fold the lane'], ['p', 'pack the lanes'], ['Enter', 'fold the text'], ['space', 'replay'], ['h', 'shade doubt'],
@@ -186,13 +18,15 @@ class App {
     this.main = el('main', {});
     this.help = el('dialog', { class: 'help', onclick: () => this.help.close() },
       el('h2', {}, 'Keys'), el('dl', {}, KEYS.map(([key, what]) => el('div', {}, el('dt', {}, el('kbd', {}, key)), el('dd', {}, what)))));
-    this.live = live ? new AskView({ keep: (run) => this._keep(run), trace: (run) => new TraceView(run) }) : null;
+    this.live = live ? new AskView({ keep: (run) => this._keep(run), trace: (run) => new TraceView(run, { watched: true }) }) : null;
+    const tip = el('div', { class: 'tip floating', role: 'tooltip', hidden: true });
     document.getElementById('app').append(
       el('header', { class: 'top' },
         el('a', { class: 'brand', href: '#', 'aria-label': 'Plait' }, mark(), 'plait'), this.tabs, el('span', { class: 'gap' }),
         el('button', { class: 'icon', title: 'Keys (?)', 'aria-label': 'Keys', onclick: () => this.help.showModal() }, '?'),
         el('button', { class: 'icon', title: 'Dark or light (t)', 'aria-label': 'Dark or light', onclick: () => this.theme() }, '\u25d0')),
-      this.main, this.help);
+      this.main, this.help, tip);
+    showHints(tip);
     this._theme = null;
     palette.read();
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this._restyle());

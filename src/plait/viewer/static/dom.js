@@ -12,6 +12,25 @@ function el(tag, props = {}, ...children) {
   return node;
 }
 
+// A name whose meaning is shown to whoever points at it, or moves to it by keys.
+const hinted = (tag, name, hint) => el(tag, {}, el('span', { class: 'hint', tabindex: 0, 'data-hint': hint }, name));
+
+// Shows the meaning of names, for as long as they are pointed at or in focus.
+function showHints(tip) {
+  const show = (e) => {
+    const name = e.target.closest && e.target.closest('[data-hint]');
+    tip.hidden = !name;
+    if (!name) return;
+    const box = name.getBoundingClientRect();
+    tip.textContent = name.dataset.hint;
+    tip.style.left = `${clamp(8, box.left, Math.max(8, window.innerWidth - tip.offsetWidth - 8))}px`;
+    tip.style.top = `${box.bottom + 6}px`;
+  };
+  for (const name of ['pointerover', 'focusin']) document.addEventListener(name, show);
+  document.addEventListener('focusout', () => { tip.hidden = true; });
+  document.addEventListener('scroll', () => { tip.hidden = true; }, { capture: true, passive: true });
+}
+
 const svg = (tag, props = {}, ...children) => {
   const node = document.createElementNS('http://www.w3.org/2000/svg', tag);
   for (const [key, value] of Object.entries(props)) {

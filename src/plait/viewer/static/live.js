@@ -7,7 +7,9 @@ const ask = (body, signal, on) => stream('/plait/runs', {
 
 // Reads one run; calls `on(run)` after every batch.
 async function stream(address, options, on) {
-  const reply = await fetch(address, options);
+  const reply = await fetch(address, options).catch((failure) => {
+    throw failure.name === 'AbortError' ? failure : new Error('The server does not answer. Is `plait serve` still running?');
+  });
   if (!reply.ok) {
     let message = `the server says ${reply.status}`;
     try { message = (await reply.json()).error.message || message; } catch { /* no JSON: the status is all there is */ }
@@ -76,7 +78,7 @@ class AskView {
     this.raceLabel = el('label', { for: 'race', class: 'check' }, this.race, 'race its sequential twin');
     this.under = el('div', { class: 'under' });
     this.node = el('div', { class: 'ask idle' },
-      el('header', { class: 'hero' }, el('h1', {}, 'Watch a model think in parallel'),
+      el('header', { class: 'hero' }, splitting(), el('h1', {}, 'Watch a model think in parallel'),
         el('p', { class: 'sentence' }, 'It splits a question where the parts do not need each other, works on them side by side, and joins what they found.')),
       el('form', { onsubmit: (e) => { e.preventDefault(); this.run(); } }, this.box, this.model, this.go, this.stop),
       el('div', { class: 'tools' }, this.raceLabel,
@@ -121,6 +123,13 @@ class AskView {
     await this._read(models, (i, abort, on) => ask(models[i] ? { question, model: models[i] } : { question }, abort.signal, on));
   }
 
+  // What went wrong in a line, and what would do in those after it.
+  _say(message) {
+    const [first, ...rest] = message.split('\n');
+    this.error.replaceChildren(el('b', {}, first), rest.length ? el('span', {}, rest.join('\n')) : '');
+    this.error.hidden = false;
+  }
+
   // Shows runs while `read(i, abort, on)` reads each of them.
   async _read(models, read) {
     if (this.abort) this.abort.abort();
@@ -142,8 +151,10 @@ class AskView {
     } catch (failure) {
       if (this.abort !== abort) return;
       abort.abort();
-      this.error.textContent = failure.name === 'AbortError' ? 'stopped' : failure.message;
-      this.error.hidden = false;
+      const stopped = failure.name === 'AbortError';
+      this._say(stopped ? 'Stopped. The server has cancelled all of its threads.' : failure.message);
+      for (const run of runs) if (!run.finished) run.cut = stopped ? 'the run was stopped here' : 'the run failed here';
+      if (this.view) this.view.refresh();
     } finally {
       if (this.abort === abort) this.stop.hidden = true;
     }
@@ -166,7 +177,6 @@ class AskView {
     this._draw(runs);
     runs.forEach((run) => this.keep(run));
     if (this.view && Math.max(...runs.map((run) => run.wall)) < 1.5) {
-      if (this.view.lanes) this.view.setAxis('time');
       this.view.player.play();
     }
   }
@@ -186,4 +196,14 @@ class AskView {
   restyle() { if (this.view) this.view.restyle(); }
 
   close() { /* kept while other views are shown: its run goes on */ }
+}
+
+// One line that splits in three and joins again: what this page is about.
+function splitting() {
+  const path = (d, kind) => svg('path', { d, class: kind, pathLength: 1 });
+  return svg('svg', { class: 'splitting', viewBox: '0 0 640 72', 'aria-hidden': 'true' },
+    path('M170 36C210 36 206 12 246 12H394C434 12 430 36 470 36', 'beside'),
+    path('M170 36C210 36 206 60 246 60H334', 'beside'),
+    path('M338 60H394C434 60 430 36 470 36', 'waits'),
+    path('M4 36H636', 'lead'));
 }

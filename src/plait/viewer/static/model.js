@@ -2,6 +2,11 @@
 // Critical path, steps and positions are the tree's own and come as data; a live run has none until its end.
 
 const BROKEN = new Set(['cancelled', 'malformed', 'budget', 'length']);
+// Why a call ended, in words.
+const STOPS = {
+  stop: 'by a tag', eos: 'by itself', length: 'context is full', budget: 'limit reached',
+  malformed: 'tags cannot be read', cancelled: 'cancelled', forced: 'closed by the runtime',
+};
 
 class Segment {
   constructor(about) {
@@ -24,6 +29,9 @@ class Segment {
     this.stop = about.stop || null;
     this.note = about.note || '';
     this.joiners = [];
+    // Whether it is the first of a forked thread; whether threads were forked at its end.
+    this.opens = false;
+    this.forks = false;
     this._times = null;
   }
 
@@ -164,7 +172,11 @@ class Run {
       const up = cut < 0 ? null : this.threads.get(name.slice(0, cut));
       thread = { name, up, depth: up ? up.depth + 1 : 0, segments: [], children: [], info: null };
       this.threads.set(name, thread);
-      if (up) up.children.push(thread);
+      if (up) {
+        up.children.push(thread);
+        segment.opens = true;
+        if (segment.parent !== null) this.segments.get(segment.parent).forks = true;
+      }
     }
     thread.segments.push(segment);
     this._order = this._walk = null;
@@ -310,4 +322,6 @@ function seconds(t) {
   return `${t.toFixed(0)} s`;
 }
 
-const count = (n, one, many = `${one}s`) => `${n.toLocaleString('en')} ${n === 1 ? one : many}`;
+const big = (n) => n.toLocaleString('en');
+
+const count = (n, one, many = `${one}s`) => `${big(n)} ${n === 1 ? one : many}`;

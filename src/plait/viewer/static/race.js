@@ -83,7 +83,8 @@ class Player {
 
 const fold = (x) => (x >= 10 ? x.toFixed(0) : x.toFixed(1));
 
-class Side {
+// One of the two: its lane on the common clock, and its text.
+class Runner {
   constructor(run, horizon) {
     this.run = run;
     this.time = el('output', { class: 'clock' });
@@ -91,51 +92,66 @@ class Side {
     this.answer = el('span', { class: 'answer' });
     this.stage = el('div', { class: 'stage' });
     this.reading = new Reading(run);
-    this.node = el('section', { class: 'side' },
-      el('header', {}, el('h2', {}, run.model || run.name || 'run'), this.much, this.answer, this.time),
-      this.stage, this.reading.node);
-    this.lanes = new Lanes(run, {}, { axis: 'time', horizon, most: 0.24 });
+    const name = run.model || run.name || 'run';
+    this.lane = el('section', { class: 'runner' },
+      el('header', {}, el('h2', {}, name), this.much, this.answer, this.time), this.stage);
+    this.text = el('section', { class: 'said-by' }, el('h3', {}, name), this.reading.node);
+    this.lanes = new Lanes(run, { tick: (clock) => this._tell(clock) }, { axis: 'time', horizon, most: 0.24 });
     this.lanes.attach(this.stage);
   }
 
+  over(clock) { return this.run.finished && (clock === null || clock >= this.run.wall); }
+
   show(clock) {
-    const run = this.run, over = clock === null || (run.finished && clock >= run.wall);
-    this.lanes.clock = clock === null || over ? null : clock;
+    const { run } = this, over = this.over(clock), t = over || clock === null ? run.wall : clock;
+    this.lanes.clock = over ? null : clock;
     this.lanes.draw();
     this.reading.setClock(over ? null : clock);
     if (clock !== null && !over) this.reading.node.scrollTop = this.reading.node.scrollHeight;
-    const t = over ? run.wall : clock;
-    this.time.textContent = t < 1 ? `${(t * 1e3).toFixed(t < 0.1 ? 1 : 0)} ms` : `${t.toFixed(2)} s`;
+    this._tell(t);
     this.much.textContent = count(run.sampledAt(over ? null : clock), 'token');
-    this.node.classList.toggle('over', over);
     this.answer.textContent = over && run.answer !== null ? run.answer : '';
-    if (over && !run.finished) this.node.classList.remove('over');
+    this.lane.classList.toggle('over', over);
+  }
+
+  _tell(t) { this.time.textContent = t < 1 ? `${(t * 1e3).toFixed(t < 0.1 ? 1 : 0)} ms` : `${t.toFixed(2)} s`; }
+
+  // New events of a run that goes on.
+  refresh(horizon) {
+    this.lanes.horizon = horizon;
+    this.reading.refresh();
+    this.show(this.run.finished ? null : Math.max(this.run.wall, this.lanes.clock || 0));
+    if (!this.run.finished) this.lanes.follow();
   }
 
   close() { this.lanes.close(); }
 }
 
 class RaceView {
+  // together: both ran at the same time on one machine; choose: what other runs are picked with
   constructor(first, second, { choose, together = false } = {}) {
     this.together = together;
     this.runs = [first, second];
-    this.horizon = Math.max(first.wall, second.wall) || 1e-3;
-    this.sides = this.runs.map((run) => new Side(run, this.horizon));
+    this.horizon = this._horizon();
+    this.runners = this.runs.map((run) => new Runner(run, this.horizon));
     this.player = new Player(this.horizon, (clock) => this.show(clock));
     this.verdict = el('p', { class: 'sentence' });
     this.node = el('div', { class: 'race' },
       el('h1', {}, first.question), this.verdict,
       el('div', { class: 'tools' }, this.player.node, choose || null),
-      el('div', { class: 'sides' }, this.sides.map((side) => side.node)));
+      this.runners.map((runner) => runner.lane),
+      el('div', { class: 'texts' }, this.runners.map((runner) => runner.text)));
     this.show(null);
   }
 
+  _horizon() { return Math.max(...this.runs.map((run) => (run.finished ? run.wall : roomy(run.wall))), 1e-3); }
+
   show(clock) {
-    this.sides.forEach((side) => side.show(clock));
+    const [a, b] = this.runners, both = this.runs.every((run) => run.finished);
+    for (const runner of this.runners) runner.show(clock);
     this.verdict.textContent = this._verdict(clock);
-    const over = this.runs.map((run) => clock === null || (run.finished && clock >= run.wall));
-    const winner = this.runs[0].wall <= this.runs[1].wall ? 0 : 1;
-    this.sides.forEach((side, i) => side.node.classList.toggle('first', over[winner] && i === winner && this.runs.every((r) => r.finished)));
+    const winner = a.run.wall <= b.run.wall ? a : b;
+    for (const runner of this.runners) runner.lane.classList.toggle('first', both && runner === winner && runner.over(clock));
   }
 
   _verdict(clock) {
@@ -152,27 +168,25 @@ class RaceView {
 
   // Runs that go on: new events were folded in.
   refresh() {
-    this.horizon = Math.max(...this.runs.map((run) => run.wall), 1e-3);
-    for (const side of this.sides) {
-      side.lanes.horizon = this.horizon;
-      side.reading.refresh();
-      side.show(side.run.finished ? null : side.run.wall);
-    }
+    this.horizon = this._horizon();
+    for (const runner of this.runners) runner.refresh(this.horizon);
     this.verdict.textContent = this._verdict(null);
     this.player.setEnd(this.horizon);
+    this.player.node.hidden = !this.runs.every((run) => run.finished);
   }
 
   key(e) {
     if (e.key === ' ') this.player.toggle();
     else if (e.key === 'Escape') this.player.reset();
     else if (e.key === 'ArrowRight' || e.key === 'ArrowLeft') {
+      const right = e.key === 'ArrowRight';
       this.player.pause();
-      this.player.seek((this.player.clock ?? (e.key === 'ArrowRight' ? 0 : this.horizon)) + (e.key === 'ArrowRight' ? 1 : -1) * this.horizon / 100);
+      this.player.seek((this.player.clock ?? (right ? 0 : this.horizon)) + (right ? 1 : -1) * this.horizon / 100);
     } else return false;
     return true;
   }
 
-  restyle() { this.sides.forEach((side) => side.lanes.draw()); }
+  restyle() { this.runners.forEach((runner) => runner.lanes.draw()); }
 
-  close() { this.player.close(); this.sides.forEach((side) => side.close()); }
+  close() { this.player.close(); this.runners.forEach((runner) => runner.close()); }
 }

@@ -67,6 +67,7 @@ class Reading {
         if (much) much.textContent = this._much(this.run.threads.get(segment.thread));
       }
       if (segment.stop && !item.ended) this._ending(segment, item);
+      this._show(segment, item);
     }
     this.node.scrollTop = this.node.scrollHeight;
   }
@@ -115,13 +116,13 @@ class Reading {
       item.text.append(span);
     }
     item.shown = item.spans.length;
-    if (this.clock !== null) this._show(segment, item);
+    this._show(segment, item);
   }
 
   _ending(segment, item) {
     item.ended = true;
     if (!segment.note && !BROKEN.has(segment.stop)) return;
-    item.node.append(el('small', { class: BROKEN.has(segment.stop) ? 'bad' : '' }, segment.note || segment.stop));
+    item.node.append(el('small', { class: BROKEN.has(segment.stop) ? 'bad' : '' }, segment.note || STOPS[segment.stop]));
   }
 
   fold(thread) {
@@ -151,6 +152,7 @@ class Reading {
     for (let i = item.shown; i < n; i++) item.spans[i].hidden = false;
     item.shown = n;
     item.node.hidden = this.clock !== null && segment.t[0] > this.clock;
+    item.node.classList.toggle('working', this.clock === null ? !this.run.finished && !segment.stop : segment.t[0] <= this.clock && this.clock < segment.t[1]);
   }
 
   select(segment, token, seen) {
@@ -205,7 +207,7 @@ function inspector(run, segment, token, seen, pick) {
   const thread = run.threads.get(segment.thread), rows = [];
   const row = (name, ...value) => rows.push(el('div', { class: 'fact' }, el('dt', {}, name), el('dd', {}, ...value)));
   const node = el('div', { class: 'inspector' });
-  if (token !== null) node.append(...tokenHead(run, segment, token));
+  if (token !== null) node.append(tokenHead(run, segment, token));
   else node.append(el('h3', {}, `${run.title(thread)}`, el('small', {}, run.label(thread))));
   row('segment', el('code', {}, segment.id));
   if (token !== null && segment.positions) row('position', (segment.positions[0] + token).toLocaleString('en'));
@@ -220,7 +222,7 @@ function inspector(run, segment, token, seen, pick) {
     if (segment.sampled.length) row('first tokens', `after ${seconds(segment.first - segment.t[0])}`);
   }
   if (segment.joins.length) row('joins', `${count(segment.joins.length, 'thread')} by ${segment.join}`);
-  row('ended', segment.stop ? stops[segment.stop] || segment.stop : 'still at work');
+  row('ended', segment.stop ? STOPS[segment.stop] || segment.stop : 'still at work');
   if (segment.note) row('note', segment.note);
   if (run.derived) row('path', segment.critical ? 'on the critical path' : 'beside the critical path');
   node.append(el('dl', {}, rows));
@@ -228,25 +230,22 @@ function inspector(run, segment, token, seen, pick) {
   return node;
 }
 
-const stops = {
-  stop: 'by a tag', eos: 'by the end of the text', length: 'out of context', budget: 'by its budget',
-  malformed: 'malformed tags', cancelled: 'cancelled', forced: 'written by the runtime',
-};
-
 function tokenHead(run, segment, token) {
   const id = segment.token(token), p = segment.logprob(token);
   const shown = run.text(id).replace(/\n/g, '\u21b5').replace(/ /g, '\u2423') || '(empty)';
-  const head = [el('div', { class: 'token' }, shown),
-    el('p', { class: 'who' }, segment.inserted(token) ? 'inserted by the runtime' : 'sampled by the model',
-      el('small', {}, `id ${id}`))];
-  if (p === null) return head;
-  if (!run.weighed) return [...head, el('p', { class: 'dim' }, 'probabilities were not logged')];
-  const chance = Math.exp(p), bar = el('i', {});
-  bar.style.width = `${(chance * 100).toFixed(1)}%`;
-  head.push(el('div', { class: 'chance' }, el('span', { class: 'track' }, bar),
-    el('span', {}, chance > 0.9995 ? '> 99.9 %' : `${(chance * 100).toFixed(1)} %`),
-    el('small', {}, `log ${p.toFixed(p > -0.01 ? 5 : 3)}`)));
-  return head;
+  const who = el('div', { class: 'who' }, el('p', {}, segment.inserted(token) ? 'inserted by the runtime' : 'sampled by the model',
+    el('small', {}, `id ${id}`)));
+  if (p !== null) who.append(run.weighed ? chance(p) : el('p', { class: 'dim' }, 'probabilities were not logged'));
+  return el('div', { class: 'about' }, el('div', { class: 'token' }, shown), who);
+}
+
+// A log-probability as what it means.
+function chance(p) {
+  const share = Math.exp(p), bar = el('i', {});
+  bar.style.width = `${(share * 100).toFixed(1)}%`;
+  return el('div', { class: 'chance' }, el('span', { class: 'track' }, bar),
+    el('span', {}, share > 0.9995 ? '> 99.9 %' : `${(share * 100).toFixed(1)} %`),
+    el('small', {}, `logprob ${p.toFixed(p > -0.01 ? 5 : 3)}`));
 }
 
 // What a token attends to, by thread; the others it cannot see.
