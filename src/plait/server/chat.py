@@ -13,7 +13,8 @@ from fastapi import APIRouter, Depends
 
 from plait.server.answer import Answer, stops_of
 from plait.server.prompt import question_of
-from plait.server.reply import DOCUMENTED, Out, Reply, asked
+from plait.server.replies import ChatReply
+from plait.server.reply import Out, Reply, asked, documented
 from plait.server.schemas import ChatRequest
 from plait.server.service import Asked, Job
 from plait.server.transcript import Ordered, Piece, Transcript
@@ -21,7 +22,7 @@ from plait.server.transcript import Ordered, Piece, Transcript
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", **DOCUMENTED)
+@router.post("/v1/chat/completions", **documented(ChatReply))
 async def chat_completions(body: ChatRequest, asked: Annotated[Asked, Depends(asked)]) -> Reply:
     """Answer the last message."""
     chat = _Chat(body, asked)

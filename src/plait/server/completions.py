@@ -20,17 +20,18 @@ from plait.engines.scoring import Scored, score
 from plait.errors import EngineError, EngineTimeout, Failures, RequestError
 from plait.server.answer import stops_of
 from plait.server.refusal import Refusal
-from plait.server.reply import DOCUMENTED, Out, Reply, asked
+from plait.server.replies import CompletionReply
+from plait.server.reply import Out, Reply, asked, documented
 from plait.server.schemas import CompletionRequest
 from plait.server.service import Asked, Job, Served, checked_ids
 from plait.server.transcript import ROOT, Cut, Ordered, Transcript
-from plait.tokenizer import FixedTokenizer
+from plait.tokenizer import Vocabulary
 from plait.types import SamplingParams
 
 router = APIRouter()
 
 
-@router.post("/v1/completions", **DOCUMENTED)
+@router.post("/v1/completions", **documented(CompletionReply))
 async def completions(body: CompletionRequest, asked: Annotated[Asked, Depends(asked)]) -> Reply:
     """Continue each prompt."""
     prompts = _Scores(body, asked) if body.echo else _Completions(body, asked)
@@ -185,7 +186,7 @@ def _text_ids(prompt: str | Sequence[int], served: Served) -> tuple[int, ...]:
 
 
 def _logprobs(
-    ids: Sequence[int], scored: Sequence[Scored], more: Sequence[float], tokenizer: FixedTokenizer, *, top: bool
+    ids: Sequence[int], scored: Sequence[Scored], more: Sequence[float], tokenizer: Vocabulary, *, top: bool
 ) -> dict[str, Any]:
     """OpenAI's four lists: nothing is known of the first token, for nothing is before it."""
     texts = [tokenizer.decode((id,)) for id in ids]

@@ -92,7 +92,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and "*" not in hosts and _name(origin) not in hosts:
             raise Refusal(f"pages of {origin[:100]!r} may not ask this server", status=403, code="unknown_origin")
-        if scope["method"] == "POST" and not _is_json(headers.get("content-type", "")):
+        if scope["method"] == "POST" and _has_body(headers) and not _is_json(headers.get("content-type", "")):
             raise Refusal("the body must be sent as content-type application/json", status=415, code="not_json")
         return self._keyring.client(headers.get("authorization"), headers.get("x-api-key"))
 
@@ -181,6 +181,10 @@ def _name(url: str) -> str | None:
         return urlsplit(url).hostname
     except ValueError:
         return None
+
+
+def _has_body(headers: dict[str, str]) -> bool:
+    return headers.get("content-length", "0").strip("0") != "" or "transfer-encoding" in headers
 
 
 def _is_json(content_type: str) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
+from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
@@ -23,17 +24,17 @@ from plait.server.service import Asked, Service
 
 log = logging.getLogger("plait.server")
 DONE = "[DONE]"
-DOCUMENTED: Any = {
-    "status_code": 200,
-    "response_class": Response,
-    "responses": {
-        200: {
-            "description": "The whole answer, or its events",
-            "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
-        },
-    },
-}
-"""What the schema says of a route whose answer is a `Reply`."""
+def documented(model: type[BaseModel] | None = None) -> Any:
+    """What the schema says of a route whose answer is a `Reply`.
+
+    Args:
+        model: The whole answer, where it may be asked for without a stream.
+    """
+    reply: dict[str, Any] = {"description": "The whole answer, or its events", "content": {"text/event-stream": {}}}
+    if model is not None:
+        reply["model"] = model
+    kind = Response if model is None else JSONResponse
+    return {"status_code": 200, "response_class": kind, "responses": {200: reply}}
 _SLACK_S = 10.0
 """A run ends by its deadline; a client that does not read it to its end gets so much longer."""
 

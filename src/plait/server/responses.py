@@ -14,7 +14,8 @@ from fastapi import APIRouter, Depends
 from plait.server.answer import Answer
 from plait.server.prompt import question_of
 from plait.server.refusal import body_of
-from plait.server.reply import DOCUMENTED, Out, Reply, asked
+from plait.server.replies import ResponsesReply
+from plait.server.reply import Out, Reply, asked, documented
 from plait.server.schemas import ResponsesRequest
 from plait.server.service import Asked, Job
 from plait.server.transcript import ROOT, Piece, Transcript
@@ -22,7 +23,7 @@ from plait.server.transcript import ROOT, Piece, Transcript
 router = APIRouter()
 
 
-@router.post("/v1/responses", **DOCUMENTED)
+@router.post("/v1/responses", **documented(ResponsesReply))
 async def responses(body: ResponsesRequest, asked: Annotated[Asked, Depends(asked)]) -> Reply:
     """Answer the last message of the input."""
     response = _Response(body, asked)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from plait import viewer
 from plait.events import decode
-from plait.server.reply import DOCUMENTED, Out, Reply, asked
+from plait.server.reply import Out, Reply, asked, documented
 from plait.server.schemas import RunRequest
 from plait.server.service import Asked
 from plait.server.traces import Trace
@@ -23,7 +23,7 @@ from plait.viewer import describe_run
 router = APIRouter()
 
 
-@router.post("/plait/runs", **DOCUMENTED)
+@router.post("/plait/runs", **documented())
 async def start_run(body: RunRequest, asked: Annotated[Asked, Depends(asked)]) -> Reply:
     """Ask a question; the events of its run."""
     served = asked.service.find(body.model)
@@ -76,7 +76,7 @@ async def list_runs(asked: Annotated[Asked, Depends(asked)]) -> dict[str, Any]:
     return {"data": [trace.about() for trace in asked.service.traces.of(asked.client)]}
 
 
-@router.get("/plait/runs/{id}/events", **DOCUMENTED)
+@router.get("/plait/runs/{id}/events", **documented())
 async def follow_run(id: str, asked: Annotated[Asked, Depends(asked)]) -> Reply:
     """A run's events from its first to its last."""
     trace = asked.service.traces.find(id, asked.client)

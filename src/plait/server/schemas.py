@@ -97,10 +97,15 @@ class Message(_Body):
     content: str | list[ContentPart] | None = None
 
 
+_QUESTION = "What is 347 * 526?"
+_ASKED = {"role": "user", "content": _QUESTION}
+"""In the schema, as examples: a question that the embedded model knows."""
+
+
 class ChatRequest(_Sampled):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000, examples=[[_ASKED]])]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Stop = None
@@ -124,12 +129,13 @@ Ids: TypeAlias = list[Annotated[int, Field(ge=0)]]
 class CompletionRequest(_Sampled):
     """`POST /v1/completions`."""
 
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[Ids, Field(min_length=1)]
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Annotated[Ids, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+        | Annotated[list[Annotated[Ids, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)],
+        Field(examples=[_QUESTION, [_QUESTION, "What is 12 + 34?"]]),
+    ]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     stop: Stop = None
     stream_options: StreamOptions | None = None
@@ -155,7 +161,7 @@ class TokenizeRequest(_Body):
     """`POST /tokenize`."""
 
     model: Annotated[str, Field(max_length=500)] | None = None
-    prompt: str
+    prompt: Annotated[str, Field(examples=["347*526"])]
     add_special_tokens: bool = True
 
 
@@ -179,7 +185,9 @@ class _TextConfig(_Body):
 class ResponsesRequest(_Sampled):
     """`POST /v1/responses`."""
 
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=1000)]
+    input: Annotated[
+        str | Annotated[list[InputItem], Field(min_length=1, max_length=1000)], Field(examples=[_QUESTION, [_ASKED]])
+    ]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     metadata: dict[str, str] | None = None
@@ -193,7 +201,7 @@ class ResponsesRequest(_Sampled):
 class RunRequest(_Sampled):
     """`POST /plait/runs`: a question for the viewer."""
 
-    question: Annotated[str, Field(max_length=20_000)]
+    question: Annotated[str, Field(max_length=20_000, examples=[_QUESTION])]
 
 
 class Error(BaseModel):
