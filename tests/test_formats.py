@@ -1,29 +1,17 @@
-"""Formats: exact text on the wire, what counts as a fork, what a join reads, and that rendering loses nothing."""
+"""Formats: exact text on the wire, what counts as a fork, what a join reads."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from plait.errors import RequestError
 from plait.formats import Block, Fork, Malformed, ThreadOutcome, TrajectoryFormat, open_format, render
 from plait.formats.threadweaver import ThreadWeaver
-from plait.tasks.vocabulary import SIZE, TOKENIZER
+from plait.tasks.vocabulary import TOKENIZER
 from plait.tokenizer import FixedTokenizer
 from plait.types import Merge, StopReason
 
 TAGGED = ("threadweaver", "multiverse")
-bodies = st.text("0123456789+*=, ", min_size=1, max_size=12)
-blocks = st.integers(1, 5).flatmap(
-    lambda n: st.builds(
-        Block,
-        outlines=st.tuples(*[st.text("0123456789", min_size=1, max_size=3)] * n),
-        threads=st.tuples(*[bodies.map(lambda b: (b,))] * n),
-        conclusion=bodies,
-    )
-)
-trajectories = st.lists(bodies | blocks, min_size=1, max_size=5).map(tuple)
 
 
 def encode(text: str) -> list[int]:
@@ -86,44 +74,6 @@ def test_multiverse_merges_and_opens_the_conclusion() -> None:
     ]
     assert prefix == tuple(encode("9?<Parallel><Goal><Outline>1: 6</Outline><Outline>2: 5</Outline></Goal>"))
     assert after == joined.forced_ids
-
-
-@pytest.mark.parametrize("name", TAGGED)
-@given(trajectory=trajectories)
-def test_what_is_rendered_parses_back_block_by_block(name: str, trajectory: tuple[str | Block, ...]) -> None:
-    format = opened(name)
-    tree = render(trajectory, format=format, tokenizer=TOKENIZER, prompt_ids=encode("1?"))
-    wanted = [part for part in trajectory if isinstance(part, Block)]
-    forks = [s for s in tree.segments.values() if s.stop is StopReason.STOP and s.thread == "0"]
-    assert len(forks) == len(wanted)
-    for segment, block in zip(forks, wanted, strict=True):
-        fork = format.parse(segment.sampled_ids, 0)
-        assert isinstance(fork, Fork)
-        assert fork.note == ""
-        assert tuple(b.label for b in fork.branches) == block.outlines
-        written = [tree.segments[j] for s in tree.segments.values() if s.parent == segment.id for j in s.joins]
-        assert [TOKENIZER.decode(s.sampled_ids) for s in written] == [
-            format.thread_text(str(t[0])) for t in block.threads
-        ]
-
-
-@pytest.mark.parametrize("name", TAGGED)
-@given(ids=st.lists(st.integers(0, SIZE - 1), max_size=40))
-def test_no_ids_that_a_model_could_sample_make_a_format_raise(name: str, ids: list[int]) -> None:
-    format = opened(name)
-    for depth in (0, 1):
-        for end in ((), format.stop_ids(0), format.stop_ids(1)):
-            result = format.parse([*ids, *end], depth)
-            if depth or end != format.stop_ids(0):
-                assert result is None or ids[-1:] == list(format.stop_ids(0))
-            else:
-                assert isinstance(result, (Fork, Malformed))
-    outcome = ThreadOutcome(header_ids=tuple(encode("1:")), token_ids=tuple(ids), stop=StopReason.LENGTH)
-    closed = ThreadOutcome(
-        header_ids=outcome.header_ids, token_ids=(*ids, *format.closer_ids(outcome)), stop=StopReason.LENGTH
-    )
-    assert format.closer_ids(closed) == ()
-    assert format.join([closed]).forced_ids
 
 
 def test_repeated_numbers_count_once_and_are_noted() -> None:

@@ -1,18 +1,18 @@
-"""The plait format, and what all formats have in common: text, gold traces, races, dependencies, budgets in prompts."""
+"""The plait format and the published ones, case by case: races, dependencies, messages, caps, broken texts.
+
+What holds of every format is in test_format_contract.py.
+"""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from plait.engines.scripted import ScriptedEngine
 from plait.errors import FormatError, RequestError
-from plait.formats import FORMATS, Block, Fork, Malformed, Return, Trajectory, format_class, open_format, render
+from plait.formats import Block, Fork, Malformed, Return, format_class, open_format, render
 from plait.formats.base import TrajectoryFormat
 from plait.formats.text import CharTokenizer
 from plait.session import run
@@ -22,10 +22,6 @@ from plait.tree import Tree
 from plait.types import Budget, Context, Request, StopReason, context_positions
 
 OPTIONS = {"npr": {"min_tokens": 0}}
-WRITTEN = ("threadweaver", "multiverse", "plait", "npr", "medverse", "parallel_r1", "parathinker")
-"""Formats whose whole trajectories have a text."""
-words = st.text("abc 123", max_size=9)
-some = settings(max_examples=12)
 
 
 def vocabulary(name: str) -> CharTokenizer:
@@ -35,113 +31,6 @@ def vocabulary(name: str) -> CharTokenizer:
 def opened(name: str) -> tuple[TrajectoryFormat, CharTokenizer]:
     tokenizer = vocabulary(name)
     return open_format(name, tokenizer, **OPTIONS.get(name, {})), tokenizer
-
-
-def labels() -> st.SearchStrategy[str]:
-    return st.text("abc1 ", max_size=6).map(str.strip)
-
-
-@st.composite
-def blocks(draw: st.DrawFn, name: str, depth: int = 0) -> Block:
-    cls = format_class(name)
-    paths = name in ("parallel_r1", "parathinker")
-    width = 2 if paths else draw(st.integers(1, 3))
-    deeper = getattr(cls, "nested", False) and depth < 2
-    race = getattr(cls, "racing", False) and draw(st.booleans())
-    threads: list[Trajectory] = []
-    needs: list[tuple[int, ...]] = []
-    for i in range(width):
-        body = draw(trajectories(name, depth + 1)) if deeper else tuple(filter(None, (draw(words),)))
-        returns = (
-            (Return(draw(st.text("abc1", max_size=4))),) if getattr(cls, "returns", "") and draw(st.booleans()) else ()
-        )
-        threads.append((*body, *returns))
-        wanted = [n for n in range(width) if n < i] if getattr(cls, "dependent", False) and not race else []
-        needs.append(tuple(n for n in wanted if draw(st.booleans())))
-    if name == "parallel_r1":
-        # Both paths are asked with the same context, so a model without chance says the same in both.
-        threads[1] = threads[0]
-    return Block(
-        outlines=tuple(str(i + 1) if paths else draw(labels()) for i in range(width)),
-        threads=tuple(threads),
-        conclusion=draw(words) if getattr(cls, "closing", "") or paths else "",
-        needs=tuple(needs) if any(needs) else (),
-        race=race,
-    )
-
-
-@st.composite
-def trajectories(draw: st.DrawFn, name: str, depth: int = 0) -> Trajectory:
-    """Random trajectories that the format has a form for: texts between blocks, no two side by side."""
-    parts: list[str | Block | Return] = []
-    for _ in range(draw(st.integers(0, 2 - depth))):
-        if name not in ("npr", "parathinker"):
-            parts += filter(None, (draw(words),))
-        parts.append(draw(blocks(name, depth)))
-        if name == "parathinker":
-            break
-    if name == "parathinker" and not parts:
-        parts.append(draw(blocks(name)))
-    return (*parts, *filter(None, (draw(words),)))
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-@some
-@given(data=st.data())
-def test_what_is_written_is_read_again(name: str, data: st.DataObject) -> None:
-    format, _ = opened(name)
-    trajectory = data.draw(trajectories(name))
-    assert format.read(format.write(trajectory)) == trajectory
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-@some
-@given(data=st.data(), seed=st.integers(0, 99))
-def test_a_gold_trace_is_what_the_runtime_produces(name: str, data: st.DataObject, seed: int) -> None:
-    format, tokenizer = opened(name)
-    prompt = (*tokenizer.bos_ids, *tokenizer.encode("What?"))
-    gold = render(data.draw(trajectories(name)), format=format, tokenizer=tokenizer, prompt_ids=prompt)
-
-    async def main() -> Tree:
-        engine = ScriptedEngine(script=gold, timing_seed=seed, chunk_size=1 + seed % 5)
-        budget = Budget(max_tokens=None, max_threads=None)
-        return await run(Request(prompt_ids=prompt, budget=budget), engine=engine, format=format)
-
-    assert run_virtual(main, backend=random.Random(seed).choice(["asyncio", "trio"])) == gold
-
-
-@pytest.mark.parametrize("name", FORMATS)
-@some
-@given(data=st.data())
-def test_no_ids_that_a_model_could_sample_make_a_format_or_a_run_raise(name: str, data: st.DataObject) -> None:
-    format, tokenizer = opened(name)
-    control = tuple(tokenizer.control_id(tag) or 0 for tag in format_class(name).tags())
-    text = tokenizer.encode("1:(2,)?\n[;")
-    said = data.draw(
-        st.lists(st.sampled_from([*control, *format.stop_ids(0), *format.stop_ids(1), *text]), max_size=60)
-    )
-    for depth in (0, 1):
-        for end in (said, [*said, *format.stop_ids(depth)[:1]]):
-            if end:
-                format.parse(end, depth)
-    rng = random.Random(len(said))
-
-    def script(context: Context) -> Sequence[int]:
-        ids = said * 3 or [1]
-        at = rng.randrange(len(ids))
-        return [*ids[at:], *ids[:at], 1]
-
-    budget = Budget(max_tokens=200, max_threads=8, max_depth=3)
-    request = Request(prompt_ids=tuple(tokenizer.encode("What?")), budget=budget)
-    engine = ScriptedEngine(script=script, max_context=300)
-
-    async def main() -> Tree:
-        return await run(request, engine=engine, format=format)
-
-    tree = run_virtual(main)
-    assert tree.stop is not None
-    assert tree.num_sampled + tree.num_dropped <= 200
-    assert tree.num_threads <= 8
 
 
 def play(

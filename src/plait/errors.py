@@ -9,6 +9,7 @@
     │   ├── EngineTimeout (TimeoutError)         504      yes
     │   └── EngineProtocolError                  502      no       an engine broke its contract; names the clause
     ├── FormatError (ValueError)                  -       no       strict parsing of data; has line and column
+    ├── FormatProtocolError (RuntimeError)       500      no       a format broke its contract; names the clause
     ├── ModelError (RuntimeError)                500      no       a weight file is missing, corrupt or of another kind
     ├── TreeError (RuntimeError)                 500      no       a log or tree contradicts itself
     └── LogError (OSError)                       500      no       a log file cannot be written or read
@@ -75,6 +76,10 @@ class FormatError(PlaitError, ValueError):
     """Text does not follow its format; the message starts with `line L, column C`."""
 
     status = 400
+
+
+class FormatProtocolError(PlaitError, RuntimeError):
+    """A format broke its contract; the message names the clause."""
 
 
 class ModelError(PlaitError, RuntimeError):

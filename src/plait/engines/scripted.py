@@ -169,7 +169,8 @@ class ScriptedEngine:
 class _Replay:
     """What a tree's calls sampled, by their contexts. Of two calls with the same context the first is kept.
 
-    What a call that was cut would have said is not known: it is silent until it is cut again.
+    What a call that was cut would have said is not known: it is silent until it is cut again, and so is every call that
+    a thread which was cut would have made.
     """
 
     def __init__(self, tree: Tree) -> None:
@@ -182,13 +183,49 @@ class _Replay:
                 self._said.setdefault(context, said)
                 if segment.stop is StopReason.CANCELLED:
                     self._cut.add(context)
+        self._dead = _dead_ends(tree) if self._cut else []
 
     def tokens(self, context: Context) -> Iterator[tuple[int, float] | None]:
         if context not in self._said:
+            if any(_begins(context, end) for end in self._dead):
+                return repeat(None)
             raise EngineError(f"the replayed tree has no call with this context ({_tail(context)})")
         if context in self._cut:
             return chain(self._said[context], repeat(None))
         return _until_silent(self._said[context], context)
+
+
+def _dead_ends(tree: Tree) -> list[Context]:
+    """What threads that were cut held at last; of one that was cut while it waited, where it forked."""
+    last: dict[str, int] = {}
+    for segment in tree.segments.values():
+        last[segment.thread] = max(last.get(segment.thread, 0), int(segment.id.rpartition(":")[2]))
+    dead: list[Context] = []
+    for thread, number in last.items():
+        segment = tree.segments[f"{thread}:{number}"]
+        if segment.stop is StopReason.CANCELLED or any(name.startswith(f"{thread}/{number}.") for name in last):
+            dead.append(_with_tail(tree.context(segment.id), tuple(segment.sampled_ids)))
+    return dead
+
+
+def _with_tail(context: Context, ids: tuple[int, ...]) -> Context:
+    last = context[-1] if context else ()
+    return (*context, ids) if isinstance(last, Merge) else (*context[:-1], (*last, *ids))
+
+
+def _begins(context: Context, start: Context) -> bool:
+    """Whether a context goes on from another."""
+    *before, tail = start
+    n = len(before)
+    at = context[n] if n < len(context) else None
+    same = context[:n] == tuple(before)
+    return (
+        same
+        and not isinstance(at, Merge)
+        and not isinstance(tail, Merge)
+        and at is not None
+        and at[: len(tail)] == tail
+    )
 
 
 def _flat(ids: Sequence[int]) -> list[tuple[int, float]]:

@@ -15,12 +15,15 @@ from plait.formats.base import (
     Fork,
     Join,
     Malformed,
+    Part,
     Return,
+    Spawn,
     ThreadOutcome,
     Trajectory,
     TrajectoryFormat,
+    Wait,
 )
-from plait.formats.render import render
+from plait.formats.render import render, trajectory_of
 from plait.formats.text import CharTokenizer
 from plait.tokenizer import Tokenizer
 
@@ -79,12 +82,16 @@ __all__ = [
     "Fork",
     "Join",
     "Malformed",
+    "Part",
     "Return",
+    "Spawn",
     "ThreadOutcome",
     "Trajectory",
     "TrajectoryFormat",
+    "Wait",
     "format_class",
     "open_format",
     "render",
     "text_format",
+    "trajectory_of",
 ]

@@ -13,6 +13,7 @@ vocabulary says how many numbers there are (the paper's pool of workers).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from plait.errors import RequestError
 from plait.formats.base import (
@@ -22,9 +23,14 @@ from plait.formats.base import (
     Fork,
     Join,
     Malformed,
+    Part,
+    Return,
+    Spawn,
     ThreadOutcome,
     Trajectory,
     TrajectoryFormat,
+    Wait,
+    ended,
     ids,
 )
 from plait.formats.text import Scanner, refuse
@@ -44,6 +50,7 @@ class AsyncThink(TrajectoryFormat):
     name: str = "asyncthink"
     paper: str = "arXiv:2510.26658"
     join_kind: JoinKind = "message"
+    returns: str = "RETURN"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -117,6 +124,16 @@ class AsyncThink(TrajectoryFormat):
     def open_text(self, block: Block) -> str:
         raise refuse(self.name, "a block: its threads start one by one")
 
+    def spawn_text(self, part: Spawn) -> str:
+        if part.number not in range(1, len(self._joins) + 1):
+            raise refuse(self.name, f"thread {part.number}; this vocabulary has 1 to {len(self._joins)}")
+        if not part.outline:
+            raise refuse(self.name, "a thread that is asked nothing")
+        return f"<FORK-{part.number}>{part.outline}</FORK-{part.number}>"
+
+    def wait_text(self, part: Wait) -> str:
+        return f"<JOIN-{part.number}>"
+
     def end_text(self, returns: str | None, number: int = 1) -> str:
         return f"<RETURN>{returns or ''}</RETURN>"
 
@@ -124,36 +141,67 @@ class AsyncThink(TrajectoryFormat):
         raise refuse(self.name, "a block: its threads start one by one")
 
     def write(self, trajectory: Trajectory) -> str:
-        if any(not isinstance(part, str) for part in trajectory):
-            raise refuse(self.name, "a block: its threads start one by one")
-        return "".join(map(str, trajectory))
+        """The organiser's text: of a worker only what it returns, where it is waited for."""
+        texts: list[str] = []
+        running: dict[int, Trajectory] = {}
+        for part in trajectory:
+            match part:
+                case Spawn():
+                    if part.number in running:
+                        raise refuse(self.name, f"thread {part.number} twice at once")
+                    if any(not isinstance(inner, (str, Return)) for inner in part.thread):
+                        raise refuse(self.name, "a worker that is more than text")
+                    running[part.number] = part.thread
+                    texts.append(self.spawn_text(part))
+                case Wait():
+                    if part.number not in running:
+                        raise refuse(self.name, f"a wait for thread {part.number}, which does not run")
+                    _, returns = ended(running.pop(part.number))
+                    texts += [self.wait_text(part), f"\n<RETURN>{returns or ''}</RETURN>\n"]
+                case str():
+                    texts.append(part)
+                case _:
+                    raise refuse(self.name, "a block: its threads start one by one")
+        return "".join(texts)
 
     def read(self, text: str) -> Trajectory:
-        """Check an organiser's text: every fork is closed, every join is of a fork that runs and is answered."""
+        """An organiser's trajectory: every fork is closed, every join is of a fork that runs and is answered.
+
+        Of a worker it says what was returned, and nothing where nobody waited.
+        """
         scan = Scanner(text, self.tags())
-        running: set[str] = set()
+        parts: list[Part] = []
+        running: dict[str, int] = {}
         while True:
-            scan.plain()
+            said = scan.plain()
+            parts += [said] if said else []
             tag = scan.tag
             if not tag:
-                return (text,) if text else ()
+                break
             number = tag.strip("</>").partition("-")[2]
             if tag.startswith("<FORK"):
                 if number in running:
                     raise scan.fail(f"thread {number} runs already")
                 scan.take(tag)
-                if not scan.plain().strip():
+                asked = scan.plain()
+                if not asked.strip():
                     raise scan.fail(f"fork {number} asks nothing")
                 scan.take(f"</FORK-{number}>")
-                running.add(number)
+                running[number] = len(parts)
+                parts.append(Spawn(int(number), asked, ()))
             elif tag.startswith("<JOIN"):
                 if number not in running:
                     raise scan.fail(f"thread {number} does not run")
-                running.remove(number)
                 scan.take(tag)
                 scan.blank()
                 scan.take("<RETURN>")
-                scan.plain()
+                told = Return(scan.plain())
                 scan.take("</RETURN>")
+                scan.at += scan.text.startswith("\n", scan.at)
+                spawn = parts[running[number]]
+                assert isinstance(spawn, Spawn)
+                parts[running.pop(number)] = replace(spawn, thread=(told,))
+                parts.append(Wait(int(number)))
             else:
                 raise scan.fail(f"{tag} belongs to nothing")
+        return tuple(parts)

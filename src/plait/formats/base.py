@@ -185,6 +185,18 @@ class TrajectoryFormat(Protocol):
         """What the model writes to open a block."""
         ...
 
+    def spawn_text(self, part: Spawn) -> str:
+        """What the model writes to start a thread and go on.
+
+        Raises:
+            RequestError: In this format a parent waits.
+        """
+        raise RequestError(f"the {self.name} format has no form for a thread that its parent does not wait for")
+
+    def wait_text(self, part: Wait) -> str:
+        """What the model writes to wait for a thread that it started."""
+        raise RequestError(f"the {self.name} format has no form for a thread that its parent does not wait for")
+
     lead: str = ""
     """What the model writes between a thread's header and its text."""
 
@@ -251,8 +263,33 @@ class Return:
     text: str
 
 
-Trajectory: TypeAlias = tuple["str | Block | Return", ...]
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """A thread that starts while its parent goes on; only in formats whose parents do not wait."""
+
+    number: int
+    """What its parent calls it; free again after its `Wait`."""
+    outline: str
+    thread: Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Where a parent waits for a thread that it spawned, and reads what it returns."""
+
+    number: int
+
+
+Part: TypeAlias = "str | Block | Return | Spawn | Wait"
+Trajectory: TypeAlias = tuple[Part, ...]
 """Plain text and blocks, in order; in a thread perhaps a `Return` as the last part."""
+
+
+def ended(thread: Trajectory) -> tuple[Trajectory, str | None]:
+    """A thread's parts, and what it returns; None where it has no `Return`."""
+    if thread and isinstance(thread[-1], Return):
+        return thread[:-1], thread[-1].text
+    return thread, None
 
 
 def order(needs: Sequence[Sequence[int]]) -> list[int] | None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from plait.formats.base import Block, Return, Trajectory, TrajectoryFormat, order
-from plait.formats.tagged import ended
+from plait.formats.base import Block, Part, Return, Spawn, Trajectory, TrajectoryFormat, Wait, ended, order
 
 
 def convert(trajectory: Trajectory, *, to: TrajectoryFormat) -> Trajectory:
@@ -35,7 +34,7 @@ def _returns(format: TrajectoryFormat) -> Any:
 
 
 def _told(trajectory: Trajectory) -> Trajectory:
-    parts: list[str | Block | Return] = []
+    parts: list[Part] = []
     for part in trajectory:
         if isinstance(part, Block):
             threads = tuple(_told(thread) for thread in part.threads)
@@ -52,12 +51,18 @@ def _told(trajectory: Trajectory) -> Trajectory:
 def _in_line(trajectory: Trajectory) -> list[str]:
     texts: list[str] = []
     for part in trajectory:
-        if isinstance(part, Return):
-            texts.append(f"\n{part.text}")
-        elif isinstance(part, str):
-            texts.append(part)
-        else:
-            texts += _block_in_line(part)
+        match part:
+            case Return():
+                texts.append(f"\n{part.text}")
+            case Block():
+                texts += _block_in_line(part)
+            case Spawn():
+                # Thought through where it was asked for; the wait finds it done.
+                texts += ["\n", *_in_line(part.thread), "\n"]
+            case Wait():
+                pass
+            case str():
+                texts.append(part)
     return texts
 
 

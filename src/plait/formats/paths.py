@@ -98,6 +98,8 @@ class PathsFormat(TrajectoryFormat):
             raise refuse(self.name, "outlines: its paths are told nothing but their number")
 
     def write(self, trajectory: Trajectory) -> str:
+        if any(not isinstance(part, (str, Block)) for part in trajectory):
+            raise refuse(self.name, "more than text and paths")
         return "".join(self._block_text(part) if isinstance(part, Block) else str(part) for part in trajectory)
 
     def _block_text(self, block: Block) -> str:

@@ -19,10 +19,14 @@ from plait.formats.base import (
     Fork,
     Join,
     Malformed,
+    Part,
     Return,
+    Spawn,
     ThreadOutcome,
     Trajectory,
     TrajectoryFormat,
+    Wait,
+    ended,
     ids,
     order,
 )
@@ -224,9 +228,17 @@ class TaggedFormat(TrajectoryFormat, ABC):
     def _text(self, trajectory: Trajectory, depth: int) -> str:
         texts: list[str] = []
         for part in trajectory:
-            if isinstance(part, Return):
-                raise refuse(self.name, "a return that does not end a thread")
-            texts.append(self._block_text(part, depth) if isinstance(part, Block) else part)
+            match part:
+                case Return():
+                    raise refuse(self.name, "a return that does not end a thread")
+                case Spawn():
+                    texts.append(self.spawn_text(part))
+                case Wait():
+                    texts.append(self.wait_text(part))
+                case Block():
+                    texts.append(self._block_text(part, depth))
+                case str():
+                    texts.append(part)
         return "".join(texts)
 
     def _block_text(self, block: Block, depth: int) -> str:
@@ -260,9 +272,9 @@ class TaggedFormat(TrajectoryFormat, ABC):
             compare(text, self.write(trajectory))
         return trajectory if self.write(trajectory) == text else _stripped(trajectory)
 
-    def _read_parts(self, scan: Scanner, depth: int) -> list[str | Block | Return]:
+    def _read_parts(self, scan: Scanner, depth: int) -> list[Part]:
         """Text and blocks, up to a tag that is neither."""
-        parts: list[str | Block | Return] = []
+        parts: list[Part] = []
         opener = f"<{self.block or self.outlines}>"
         while True:
             text = scan.plain()
@@ -360,7 +372,7 @@ class TaggedFormat(TrajectoryFormat, ABC):
         scan.take(f"</{self.thread}>")
         return self._thread_parts(parts, returns)
 
-    def _thread_parts(self, parts: list[str | Block | Return], returns: str | None) -> Trajectory:
+    def _thread_parts(self, parts: list[Part], returns: str | None) -> Trajectory:
         """A thread's parts without the spacing at its end."""
         spacing = self.end_text(returns).partition("<")[0]
         if parts and isinstance(parts[-1], str) and spacing:
@@ -373,16 +385,9 @@ class TaggedFormat(TrajectoryFormat, ABC):
         return text
 
 
-def ended(thread: Trajectory) -> tuple[Trajectory, str | None]:
-    """A thread's parts, and what it returns; None where it has no `Return`."""
-    if thread and isinstance(thread[-1], Return):
-        return thread[:-1], thread[-1].text
-    return thread, None
-
-
 def _stripped(trajectory: Trajectory) -> Trajectory:
     """A trajectory without the blanks at the ends of its texts."""
-    parts: list[str | Block | Return] = []
+    parts: list[Part] = []
     for part in trajectory:
         match part:
             case Block():
@@ -392,6 +397,8 @@ def _stripped(trajectory: Trajectory) -> Trajectory:
                 parts.append(Return(part.text.strip()))
             case str():
                 parts += [part.strip()] if part.strip() else []
+            case Spawn() | Wait():
+                parts.append(part)
     return tuple(parts)
 
 
