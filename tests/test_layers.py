@@ -37,8 +37,16 @@ LAYERS = (
 
 HEAVY = {
     "torch": ("train", "engines/torch"),
+    "transformers": ("train/pretrained", "train/handoff/verifiers.py"),
+    "peft": ("train/pretrained",),
+    "accelerate": ("train/pretrained",),
+    "verl": ("train/handoff/verl.py",),
+    "trl": ("train/handoff/trl.py",),
+    "verifiers": ("train/handoff/verifiers.py",),
     "gguf": ("train/gguf.py", "engines/torch/checkpoint.py"),
     "safetensors": ("engines/torch/checkpoint.py",),
+    "tokenizers": ("models/folder.py",),
+    "jinja2": ("models/folder.py",),
     "numpy": ("engines/llamacpp", "engines/torch", "engines/sampling.py", "train"),
     "rich": ("terminal", "commands", "cli.py", "train/display.py"),
     "fastapi": ("server",),

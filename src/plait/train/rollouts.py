@@ -96,7 +96,7 @@ async def collect(
                 temperature=temperature,
                 seed=rollout_seed(seed, number, k),
             )
-            done[at, k] = await _sample(f"{number}/{k}", prompt, request, engine, format, version)
+            done[at, k] = await sample(f"{number}/{k}", prompt, request, engine, format, version)
 
     async with anyio.create_task_group() as workers:
         for _ in range(concurrency):
@@ -109,10 +109,15 @@ def rollout_seed(seed: int, number: int, sample: int) -> int:
     return int.from_bytes(blake2b(f"{seed} {number} {sample}".encode(), digest_size=8).digest(), "little") >> 1
 
 
-async def _sample(
+async def sample(
     id: str, prompt: Prompt, request: Request, engine: Engine, format: TrajectoryFormat, version: Callable[[], int]
 ) -> Rollout:
-    """One rollout; whatever fails in it is noted with what there was by then."""
+    """One rollout; whatever fails in it is noted with what there was by then.
+
+    Args:
+        id: `PROMPT/SAMPLE`, both numbers.
+        version: Of the weights that the engine has now; asked as each segment starts.
+    """
     events: list[Event] = []
     versions: dict[str, int] = {}
     error, run = "", None

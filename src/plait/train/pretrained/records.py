@@ -1,0 +1,112 @@
+r"""Data in files: a JSON object a line, for models that speak text.
+
+    {"prompt": "What is 3*4?", "response": "<Parallel>...", "answer": "12", "baseline_tokens": 40}
+
+`prompt` is text or a list of messages. For SFT `response` is a trace as the format writes it, threads in their places
+(`plait convert` and `plait validate` make and check such texts). For RL `answer` is what the grader is given, and
+`baseline_tokens`, where it is there, the sampled tokens of a sequential solution. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from plait.errors import RequestError
+from plait.formats import render
+from plait.formats.base import TrajectoryFormat
+from plait.train.pretrained.tokenizer import PretrainedTokenizer
+from plait.train.prompts import Prompt
+from plait.tree import Tree
+
+
+class Records:
+    """The lines of a file, those of the held-out share apart.
+
+    Args:
+        path: The file.
+        held_out: Share of the lines that are never trained, chosen by a hash of their number.
+
+    Raises:
+        RequestError: It cannot be read, a line is no object with a prompt, or there is nothing to train.
+    """
+
+    def __init__(self, path: str | Path, *, held_out: float = 0.0) -> None:
+        self.path = Path(path)
+        if not 0 <= held_out < 1:
+            raise RequestError(f"held_out is {held_out}; it must be at least 0 and below 1")
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except OSError as exc:
+            raise RequestError(f"cannot read the data {path}: {exc.strerror}") from exc
+        self._lines = {"train": list[dict[str, Any]](), "held_out": list[dict[str, Any]]()}
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                kept = random.Random(f"split/{number}").random() >= held_out
+                self._lines["train" if kept else "held_out"].append(self._record(number, line))
+        if not self._lines["train"]:
+            raise RequestError(f"{path} holds no line to train on")
+
+    def _record(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError as exc:
+            raise RequestError(f"{self.path}, line {number} is not JSON: {exc}") from exc
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        messages = isinstance(prompt, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+        )
+        if not prompt or not (isinstance(prompt, str) or messages):
+            raise RequestError(f"{self.path}, line {number} has no `prompt`: a text, or messages of role and content")
+        return {**record, "line": number}
+
+    def split(self, name: Literal["train", "held_out"]) -> Sequence[dict[str, Any]]:
+        """Its records, in the order of the file."""
+        return self._lines[name]
+
+    def at(self, number: int, *, seed: int) -> dict[str, Any]:
+        """Record number n of an endless stream that shuffles all of them once a pass."""
+        records = self._lines["train"]
+        turn, place = divmod(number, len(records))
+        order = list(range(len(records)))
+        random.Random(f"order/{seed}/{turn}").shuffle(order)
+        return records[order[place]]
+
+    def trace(self, record: dict[str, Any], *, format: TrajectoryFormat, tokenizer: PretrainedTokenizer) -> Tree:
+        """A record's response as a tree, read strictly.
+
+        Raises:
+            RequestError: It has none, or the format does not read it; says the line.
+        """
+        response = record.get("response")
+        if not isinstance(response, str):
+            raise RequestError(f"{self.path}, line {record['line']} has no `response` to learn from")
+        try:
+            trajectory = format.read(response)
+        except ValueError as exc:
+            raise RequestError(f"{self.path}, line {record['line']}: {exc}") from exc
+        ids = tokenizer.chat_ids(record["prompt"])
+        return render(trajectory, format=format, tokenizer=tokenizer, prompt_ids=ids)
+
+    def prompt(
+        self, record: dict[str, Any], *, tokenizer: PretrainedTokenizer, grade: Callable[[str, Any], bool]
+    ) -> Prompt:
+        """A record as a question; its grader is given the response without the last end-of-sequence.
+
+        Raises:
+            RequestError: It has no answer.
+        """
+        if "answer" not in record:
+            raise RequestError(f"{self.path}, line {record['line']} has no `answer` to grade by")
+        given, answer = record["prompt"], record["answer"]
+        end = tokenizer.decode(tokenizer.eos_ids)
+        return Prompt(
+            family=str(record.get("family", self.path.stem)),
+            question=given if isinstance(given, str) else given[-1]["content"],
+            prompt_ids=tokenizer.chat_ids(given),
+            grade=lambda response: bool(grade(response.removesuffix(end), answer)),
+            baseline_tokens=record.get("baseline_tokens"),
+        )
