@@ -26,7 +26,7 @@ from plait.log import read_log, split_runs, write_log
 from plait.testing.strategies import Program, formats, programs
 from plait.tree import Tree
 from plait.types import StopReason
-from plait.viewer import chrome_trace, describe_run, document, otlp, read_views
+from plait.viewer import chrome_trace, describe_run, document, inspect_log, otlp, read_views
 from plait.viewer.serve import ViewServer
 from wide_runs import HOSTILE, wide_run
 
@@ -326,6 +326,41 @@ def test_otlp_spans_form_a_tree_and_joins_are_links(program: Program) -> None:
     for s in tree.segments.values():
         links = [link["spanId"] for link in by_name[f"segment {s.id}"].get("links", [])]
         assert links == [by_name[f"segment {j}"]["spanId"] for j in s.joins]
+
+
+@settings(max_examples=12)
+@given(programs() | programs(format=formats()))
+def test_spans_of_an_inspect_log_nest_and_every_call_is_in_its_threads_span(program: Program) -> None:
+    tree, events, _ = program.run(delay_s=0.01)
+    (sample,) = inspect_log([describe_run(events)], epochs=[1.7e9])["samples"]
+    open_spans: list[str] = []
+    calls: list[str] = []
+    for event in sample["events"]:
+        match event["event"]:
+            case "span_begin":
+                assert event["parent_id"] is None or event["parent_id"] in open_spans
+                open_spans.append(event["id"])
+            case "span_end":
+                open_spans.remove(event["id"])
+                assert not any(other.startswith(f"{event['id']}/") for other in open_spans)
+            case _:
+                assert event["span_id"] in open_spans
+                calls.append(event["metadata"]["segment"])
+    assert open_spans == []
+    assert sorted(calls) == sorted(tree.segments)
+    assert [e["timestamp"] for e in sample["events"]] == sorted(e["timestamp"] for e in sample["events"])
+
+
+def test_an_inspect_log_is_read_by_inspect(log: Path, tmp_path: Path) -> None:
+    reader = pytest.importorskip("inspect_ai.log", reason="inspect-ai is not installed")
+    path = tmp_path / "log.json"
+    assert plait("view", str(log), "--export", "inspect", "--out", str(path)).exit_code == 0
+    read = reader.read_eval_log(str(path))
+    assert read.samples[0].input == QUESTION
+    assert read.samples[0].scores["right"].answer == "18044;1065;20808"
+    assert read.results.scores[0].metrics["accuracy"].value == 1.0
+    assert read.samples[0].output.completion == "Answer: 18044;1065;20808"
+    assert len([event for event in read.samples[0].events if event.event == "model"]) == 5
 
 
 def test_exports_hold_no_text_of_the_run(log: Path) -> None:

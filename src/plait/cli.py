@@ -243,7 +243,7 @@ plait view run.jsonl --export chrome-trace --out run.json    opens in Perfetto
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(dir_okay=False))
 @click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write the page to a file.")
-@click.option("--export", type=click.Choice(["chrome-trace", "otlp"]), help="Write the runs for another tool.")
+@click.option("--export", type=click.Choice(["chrome-trace", "otlp", "inspect"]), help="Write runs for another tool.")
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Of --export; default: standard output.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N", help="On 127.0.0.1; default: any.")
 @click.option("--browser/--no-browser", default=True, help="Open a browser.")

@@ -15,11 +15,11 @@ from plait.models import response_text
 from plait.terminal.reading import Reader
 from plait.tree import Tree
 from plait.types import StopReason
-from plait.viewer import chrome_trace, document, otlp, read_views
+from plait.viewer import chrome_trace, document, inspect_log, otlp, read_views
 from plait.viewer.data import ViewData
 from plait.viewer.serve import ViewServer
 
-Export = Literal["chrome-trace", "otlp"]
+Export = Literal["chrome-trace", "otlp", "inspect"]
 
 
 def view(
@@ -93,10 +93,15 @@ def _serve(server: ViewServer, browser: bool) -> int:
 def _export(data: ViewData, files: Sequence[str], export: Export, out: str | None) -> int:
     if not data.runs:
         raise RequestError(f"{', '.join(files)}: results without logged runs; export what `plait solve --trace` wrote")
-    if export == "otlp":
-        values: dict[str, Any] = otlp(data.runs, epochs=[_epoch(run, files) for run in data.runs])
-    else:
-        values = chrome_trace(data.runs)
+    epochs = [_epoch(run, files) for run in data.runs]
+    values: dict[str, Any]
+    match export:
+        case "otlp":
+            values = otlp(data.runs, epochs=epochs)
+        case "inspect":
+            values = inspect_log(data.runs, epochs=epochs)
+        case "chrome-trace":
+            values = chrome_trace(data.runs)
     text = json.dumps(values, separators=(",", ":")) + "\n"
     if out is None:
         sys.stdout.write(text)

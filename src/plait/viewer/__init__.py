@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from plait.viewer.data import ViewData, describe_run, read_views
 from plait.viewer.export import chrome_trace, otlp
+from plait.viewer.inspect_log import inspect_log
 from plait.viewer.page import Page, document
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "chrome_trace",
     "describe_run",
     "document",
+    "inspect_log",
     "otlp",
     "page",
     "read_views",

@@ -3,15 +3,15 @@
 const ROW = 34;
 
 const COLUMNS = [
-  { key: 'question', name: 'Question', wide: true },
-  { key: 'model', name: 'Model' },
-  { key: 'right', name: 'Right', show: (r) => (r.right === null || r.right === undefined ? '' : r.right ? '\u2713' : '\u2717') },
-  { key: 'answer', name: 'Answer' },
-  { key: 'threads', name: 'Threads', number: true },
-  { key: 'total_tokens', name: 'Tokens', number: true },
-  { key: 'critical_path_tokens', name: 'Critical path', number: true },
-  { key: 'wall_s', name: 'Wall', number: true, show: (r) => (r.wall_s === null ? '' : seconds(r.wall_s)) },
-  { key: 'stop', name: 'Ended', show: (r) => r.stop || 'cut off' },
+  { key: 'question', name: 'Question', wide: true, about: 'What was asked' },
+  { key: 'model', name: 'Model', about: 'The weights that answered' },
+  { key: 'right', name: 'Right', about: 'Whether the answer is known to be right', show: (r) => (r.right === null || r.right === undefined ? '' : r.right ? '\u2713' : '\u2717') },
+  { key: 'answer', name: 'Answer', about: 'What the run answered' },
+  { key: 'threads', name: 'Threads', number: true, about: 'Parts that were worked on side by side' },
+  { key: 'total_tokens', name: 'Tokens', number: true, about: 'All that were sampled, in all threads' },
+  { key: 'critical_path_tokens', name: 'Critical path', number: true, about: 'The longest chain of tokens that wait for each other; the bar is its share of all tokens' },
+  { key: 'wall_s', name: 'Time', number: true, about: 'Seconds on the machine it ran on', show: (r) => (r.wall_s === null ? '' : seconds(r.wall_s)) },
+  { key: 'stop', name: 'Ended', about: 'Why the run ended', show: (r) => STOPS[r.stop] || r.stop || 'cut off' },
 ];
 
 class RunTable {
@@ -29,9 +29,11 @@ class RunTable {
     this.space = el('div', { class: 'space' });
     this.list = el('div', { class: 'rows', tabindex: 0, role: 'grid', 'aria-label': 'Runs', onscroll: () => this.paint() }, this.space);
     this.at = 0;
+    this.models = [...new Set([...groups, ...rows].map((each) => each.model))];
     this.node = el('div', { class: 'runs' },
       el('p', { class: 'sentence' }, this._sentence(rows)),
       groups.length > 1 || rows.length > 2 ? scatter(rows, groups, {
+        models: this.models,
         open: (i) => open(i),
         filter: (text) => { this.filter.value = text; this.update(); },
       }) : null,
@@ -72,7 +74,7 @@ class RunTable {
     }
     this.note.textContent = this.shown.length === this.rows.length ? '' : `${this.shown.length} of ${this.rows.length}`;
     this.head.replaceChildren(...COLUMNS.map((column) => el('button', {
-      class: `td${column.wide ? ' wide' : ''}${column.number ? ' number' : ''}`, role: 'columnheader',
+      class: `td${column.wide ? ' wide' : ''}${column.number ? ' number' : ''}`, role: 'columnheader', 'data-hint': column.about,
       onclick: () => {
         this.sort = { key: column.key, down: key === column.key ? !down : Boolean(column.number) };
         this.update();
@@ -99,7 +101,7 @@ class RunTable {
       node.style.top = `${i * ROW}px`;
       nodes.push(node);
     }
-    this.space.replaceChildren(...nodes);
+    this.space.replaceChildren(...nodes, this.shown.length ? '' : el('p', { class: 'none' }, this.rows.length ? 'No run is like that.' : 'No run yet.'));
   }
 
   _cell(column, r, most) {
@@ -109,6 +111,7 @@ class RunTable {
       class: `td${column.wide ? ' wide' : ''}${column.number ? ' number' : ''}${column.key === 'right' ? (r.right ? ' good' : ' bad') : ''}`,
       role: 'gridcell',
     }, String(shown));
+    if (column.wide) node.prepend(modelMark(this.models.indexOf(r.model)));
     if (column.key === 'critical_path_tokens') {
       const bar = el('i', { class: 'spark' }, el('i', {}));
       bar.style.width = `${46 * (r.total_tokens || 0) / most}px`;
@@ -137,13 +140,13 @@ class RunTable {
 
 // Accuracy against critical path: a mark for each model and family, lines between models on the same family.
 // Where nothing is known to be right or wrong: all tokens against critical path, a mark for each run.
-function scatter(rows, groups, { open, filter }) {
+function scatter(rows, groups, { models, open, filter }) {
   const known = groups.length > 0;
   const points = known
     ? groups.map((g) => ({ x: g.critical_path_tokens, y: g.accuracy, low: g.accuracy_low, high: g.accuracy_high, of: g }))
     : rows.slice(0, 2000).map((r) => ({ x: r.critical_path_tokens, y: r.total_tokens, of: r }));
   const W = window.innerWidth < 560 ? 380 : 760, H = window.innerWidth < 560 ? 230 : 300, L = 54, R = 16, T = 14, B = 40;
-  const xs = points.map((p) => p.x), models = [...new Set(points.map((p) => p.of.model))];
+  const xs = points.map((p) => p.x);
   const most = Math.max(...xs) * 1.08 || 1;
   const floor = known ? Math.max(0, Math.floor((Math.min(...points.map((p) => p.low)) - 0.02) * 10) / 10) : 0;
   const ceiling = known ? 1 : Math.max(...points.map((p) => p.y)) * 1.05 || 1;
@@ -194,12 +197,14 @@ function scatter(rows, groups, { open, filter }) {
     });
     art.append(mark);
   }
-  const key = el('div', { class: 'key' }, models.slice(0, 4).map((model, i) => el('span', { class: `m${i}` },
-    el('i', { class: i % 2 ? 'square' : 'dot' }), model || 'unknown model')));
+  const key = el('div', { class: 'key' }, models.slice(0, 4).map((model, i) => el('span', {}, modelMark(i), model || 'unknown model')));
   return el('div', { class: 'overview' },
     el('figure', { class: 'scatter' }, key, el('div', { class: 'plot' }, art, tip)),
     known ? el('dl', { class: 'totals' }, models.slice(0, 4).map((model, i) => totals(model, groups.filter((g) => g.model === model), i))) : null);
 }
+
+// The mark of a model in the plot, its key and the table.
+const modelMark = (i) => el('i', { class: `model m${Math.min(i, 3)} ${i % 2 ? 'square' : 'dot'}` });
 
 // A model over all its families.
 function totals(model, groups, i) {
