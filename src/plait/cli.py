@@ -99,7 +99,16 @@ def main() -> None:
 
 _MODEL = click.option("--model", metavar="NAME|PATH", help="Embedded model, or a GGUF of `plait train`.")
 _ENGINE = click.option(
-    "--engine", metavar="NAME|URL", help="llamacpp; torch; http://HOST:PORT; or scripted: gold traces, no model."
+    "--engine",
+    metavar="NAME|URL",
+    help="llamacpp; torch; NAME:PATH with its weights; http://HOST:PORT; or scripted: gold traces, no model.",
+)
+_ENGINE_OPTION = click.option(
+    "--engine-option",
+    "engine_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Of that engine: cells, speculate, ...",
 )
 _TWIN = click.option("--twin", metavar="NAME|PATH", help="The twin, where it is not the model's own.")
 _KNOBS = click.option(
@@ -127,6 +136,7 @@ Threads are shown side by side on a terminal, as plain lines elsewhere.
 @click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Log the run for `plait view`.")
 @_MODEL
 @_ENGINE
+@_ENGINE_OPTION
 @_TWIN
 @click.option("--format", metavar="NAME", help="Refuse weights trained in another format.")
 @click.option("--max-threads", type=int, metavar="N", help="Forked threads at most; 0: no fork.")
@@ -184,6 +194,7 @@ With --out each result is written at once, and the same command goes on later.
 @click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Log every run, for `plait view`.")
 @_MODEL
 @_ENGINE
+@_ENGINE_OPTION
 @_TWIN
 @click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="At once; default 16, with --compare 1.")
 @click.option("--max-threads", type=int, metavar="N", help="Forked threads of a run at most.")
@@ -338,9 +349,7 @@ SIGTERM lets running requests end; a second one does not.
     "--model", "models", multiple=True, metavar="NAME|PATH", help="May be repeated; the first is the default."
 )
 @_ENGINE
-@click.option(
-    "--engine-option", "engine_options", multiple=True, metavar="NAME=VALUE", help="Of that engine: cells, max_seqs, ..."
-)
+@_ENGINE_OPTION
 @click.option("--api-key-file", metavar="FILE", help="Entries of --new-key, one a line.")
 @click.option("--allow-anonymous", is_flag=True, default=None, help="No keys on an address that others reach.")
 @click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="A name of this server; *: any.")

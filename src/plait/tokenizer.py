@@ -26,6 +26,20 @@ class Tokenizer(Protocol):
         ...
 
 
+class Vocabulary(Tokenizer, Protocol):
+    """A tokenizer that can say what it consists of."""
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Text of every id, in order."""
+        ...
+
+    @property
+    def control(self) -> frozenset[str]:
+        """Texts of the control tokens."""
+        ...
+
+
 class FixedTokenizer:
     """Longest match over a fixed list of strings: the tokenizer of the models that Plait trains itself.
 

@@ -24,7 +24,7 @@ from plait.formats.base import TrajectoryFormat
 from plait.models import Model, load_model, prompt_ids, response_text
 from plait.session import open_run
 from plait.tasks import Family, Problem, Split
-from plait.tokenizer import FixedTokenizer
+from plait.tokenizer import Tokenizer
 from plait.types import Budget, Request, StopReason
 
 
@@ -99,7 +99,7 @@ async def evaluate(
     *,
     engine: Engine,
     format: TrajectoryFormat,
-    tokenizer: FixedTokenizer,
+    tokenizer: Tokenizer,
     model: str = "",
     budget: Budget | None = None,
     concurrency: int = 1,
@@ -294,7 +294,7 @@ class RecordFile:
 class _Runner:
     engine: Engine
     format: TrajectoryFormat
-    tokenizer: FixedTokenizer
+    tokenizer: Tokenizer
     model: str
     budget: Budget
     concurrency: int

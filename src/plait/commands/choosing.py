@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from plait import tasks
 from plait.engines import ENGINES, Engine, is_address
@@ -12,7 +14,8 @@ from plait.models.gold import NAME as GOLD
 from plait.tasks import Problem
 
 ELSEWHERE = """To ask other weights: `--model PATH.gguf` runs what `plait train sft` wrote on questions of these kinds.
-`--engine URL` and `--engine torch` run such models elsewhere; general language models are not connected to `solve`."""
+`--engine URL` and `--engine torch` run such models elsewhere. A general language model in a folder of transformers'
+answers any question: `--engine torch:FOLDER --format sequential`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +24,27 @@ class Choice:
 
     model: Model
     engine: str
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of the engine."""
 
     def open_engine(self) -> Engine:
-        return self.model.open_engine(self.engine)
+        return self.model.open_engine(self.engine, **self.options)
 
 
-def choose(model: str | None, *, engine: str | None = None, format: str | None = None) -> Choice:
+def choose(
+    model: str | None,
+    *,
+    engine: str | None = None,
+    format: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    plain: bool = False,
+) -> Choice:
     """The model and engine that the options name.
+
+    Args:
+        engine: `NAME`, `NAME:PATH` (the engine and the weights that it runs), or addresses.
+        options: Of the engine.
+        plain: Whether weights will do that Plait's trainer did not make.
 
     Raises:
         RequestError: There is none of this name, or they do not fit each other.
@@ -35,14 +52,24 @@ def choose(model: str | None, *, engine: str | None = None, format: str | None =
     """
     if engine == "http":
         raise RequestError("say which server: --engine http://HOST:PORT")
-    if engine is not None and engine not in ENGINES and not is_address(engine):
-        raise nearest(engine, list(ENGINES), "engine")
+    if engine is not None and not is_address(engine):
+        engine, colon, path = engine.partition(":")
+        if engine not in ENGINES:
+            raise nearest(engine, list(ENGINES), "engine")
+        if colon and model is not None:
+            raise RequestError(f"--engine {engine}:{path} names the weights, and so does --model: leave out one")
+        model = path if colon else model
     if engine == "scripted" or model == GOLD:
         if model not in (None, GOLD):
             raise RequestError(f"the scripted engine has no weights and cannot run {model}; leave out the model")
-        return Choice(gold_model(format), engine or "scripted")
+        return Choice(gold_model(format), engine or "scripted", options or {})
     found = load_model(model or DEFAULT, format=format)
-    return Choice(found, engine or found.engine)
+    if found.plain and not plain:
+        raise RequestError(
+            f"{found.path} was not trained by Plait (its config.json has no plait entry), so questions in its notation"
+            " mean nothing to it; `plait solve` asks in plain words"
+        )
+    return Choice(found, engine or found.engine, options or {})
 
 
 def choose_twin(of: Choice, twin: str | None = None) -> Choice:
@@ -57,19 +84,21 @@ def choose_twin(of: Choice, twin: str | None = None) -> Choice:
     if of.model.script is not None:
         return Choice(gold_model(traces="serial"), of.engine)
     try:
-        return Choice(load_model(twin or twin_name(of.model)), of.engine)
+        return Choice(load_model(twin or twin_name(of.model)), of.engine, of.options)
     except RequestError as exc:
         if twin is not None:
             raise
         raise RequestError(f"{of.model.name} has no twin to compare with; name one with --twin") from exc
 
 
-def understand(question: str) -> Problem:
-    """The problem that a question asks.
+def understand(question: str, model: Model) -> Problem:
+    """The problem that a question asks; of plain words, one without a known answer.
 
     Raises:
         RequestError: It is none; the message says what is known, and how to ask another model.
     """
+    if model.plain:
+        return Problem(family="text", prompt=question, question=question, answer="", forks=False)
     try:
         return tasks.parse(question)
     except RequestError as exc:

@@ -18,7 +18,7 @@ from plait.bench import Record, RecordFile, compare, evaluate, problems, read_re
 from plait.bench.report import report
 from plait.bench.runner import OnRecord, OnRun, by_model, engine_options
 from plait.commands.choosing import Choice, choose, choose_twin
-from plait.commands.settings import with_knobs
+from plait.commands.settings import overrides, with_knobs
 from plait.errors import RequestError
 from plait.events import Event, RunStarted
 from plait.log import RunLog
@@ -37,6 +37,8 @@ class Options:
     n: int = 500
     model: str | None = None
     engine: str | None = None
+    engine_options: Sequence[str] = ()
+    """`name=value`."""
     twin: str | None = None
     compare: bool = False
     as_json: bool = False
@@ -60,7 +62,7 @@ def evaluation(options: Options) -> int:
     """
     if options.compare and options.concurrency not in (None, 1):
         raise RequestError("--compare measures wall time one problem at a time: leave out --concurrency")
-    choice = choose(options.model, engine=options.engine)
+    choice = choose(options.model, engine=options.engine, options=overrides(options.engine_options))
     twin = choose_twin(choice, options.twin) if options.compare else None
     families = _families(options.families, choice)
     drawn = problems(with_knobs(families, options.settings), options.n, seed=options.seed, split=options.split)
@@ -134,7 +136,7 @@ async def _run(
 ) -> None:
     if all((p.prompt, s.model.id) in kept for p in drawn for s in sides):
         return
-    engine_settings = engine_options(sides[0].engine, concurrency)
+    engine_settings = {**engine_options(sides[0].engine, concurrency), **sides[0].options}
     if len(sides) > 1:
         await compare(
             drawn,

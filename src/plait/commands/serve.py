@@ -56,8 +56,9 @@ def served(config: ServeConfig) -> list[Served]:
         choices = [choose(name, engine=config.engine) for name in config.models]
     else:
         first = choose(None, engine=config.engine)
-        # Another server runs one model.
-        choices = [first] if is_address(first.engine) else [first, choose_twin(first)]
+        # Another server runs one model, and so does an engine whose weights are named.
+        named = is_address(first.engine) or ":" in (config.engine or "")
+        choices = [first] if named else [first, choose_twin(first)]
     return [Served(model=c.model, engine_name=c.engine, twin=_twin(c, choices)) for c in choices]
 
 

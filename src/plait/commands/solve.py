@@ -6,7 +6,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +15,9 @@ import anyio
 
 from plait import tasks
 from plait.commands.choosing import Choice, choose, choose_twin, understand
+from plait.commands.settings import overrides
 from plait.engines.base import Engine
-from plait.errors import LogError
+from plait.errors import LogError, RequestError
 from plait.events import Event
 from plait.formats.base import TrajectoryFormat
 from plait.log import RunLog
@@ -45,6 +46,8 @@ class Options:
 
     model: str | None = None
     engine: str | None = None
+    engine_options: Sequence[str] = ()
+    """`name=value`."""
     format: str | None = None
     twin: str | None = None
     compare: bool = False
@@ -72,8 +75,16 @@ def solve(question: str, options: Options) -> int:
         ModelError: The weights are missing or corrupt.
         EngineError: The engine failed.
     """
-    problem = understand(question)
-    choice = choose(options.model, engine=options.engine, format=options.format)
+    choice = choose(
+        options.model,
+        engine=options.engine,
+        format=options.format,
+        options=overrides(options.engine_options),
+        plain=True,
+    )
+    problem = understand(question, choice.model)
+    if choice.model.plain and options.check:
+        raise RequestError("an answer in plain words cannot be graded: leave out --check")
     twin = choose_twin(choice, options.twin) if options.compare else None
     return anyio.run(_Solve(problem, choice, twin, options).main)
 
@@ -312,6 +323,9 @@ class _Solve:
         return data
 
     def _given(self, side: _Side, tree: Tree) -> str | None:
+        if side.model.plain:
+            ids = [id for s in tree.segments.values() if s.thread == "0" for id in s.sampled_ids]
+            return side.reader.text(ids).strip() or None
         return tasks.answer_of(side.model.text(tree))
 
     def _answer(self, side: _Side, result: _Result) -> list[str]:
@@ -330,7 +344,7 @@ class _Solve:
             sys.stdout.flush()
             print(f"plait: {self.log_error}", file=sys.stderr)
             return 1
-        if tasks.answer_of(text) is None:
+        if self._given(side, result.tree) is None:
             return 1
         return 1 if self.options.check and not tasks.grade(self.problem, text) else 0
 

@@ -18,8 +18,9 @@ from plait.engines import Engine, is_address, open_engine
 from plait.engines.scripted import Script
 from plait.errors import ModelError, RequestError, nearest
 from plait.formats import FORMATS, BudgetLevels, TrajectoryFormat, open_format
+from plait.models.folder import FileTokenizer, describe_folder
 from plait.models.header import Header, read_header
-from plait.tokenizer import FixedTokenizer, Tokenizer
+from plait.tokenizer import FixedTokenizer, Tokenizer, Vocabulary
 from plait.tree import Tree
 from plait.types import JoinKind, Request
 
@@ -38,13 +39,13 @@ class Model:
 
     name: str
     path: Path | None
-    """None: no weights, a script."""
+    """A GGUF file, or a folder as transformers saves it. None: no weights, a script."""
     digest: str
     """SHA-256 of the file."""
     format_name: str
     """The only trajectory format these weights can be run in."""
     join: JoinKind
-    tokenizer: FixedTokenizer
+    tokenizer: Vocabulary
     max_context: int
     num_weights: int
     dtype: str
@@ -54,6 +55,8 @@ class Model:
     """What its training measured."""
     script: Script | None = None
     """What the scripted engine says in place of weights."""
+    plain: bool = False
+    """Weights that Plait's trainer did not make: they are asked in plain words, not in its notation."""
 
     @property
     def id(self) -> str:
@@ -68,7 +71,9 @@ class Model:
     @property
     def engine(self) -> str:
         """Name of the engine that runs it where none is asked for."""
-        return "llamacpp" if self.script is None else "scripted"
+        if self.script is not None:
+            return "scripted"
+        return "torch" if self.path is not None and self.path.is_dir() else "llamacpp"
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -106,6 +111,8 @@ class Model:
             return open_engine(name, script=self.script, **options)
         if self.path is None or name == "scripted":
             raise RequestError(f"the {name} engine cannot run {self.name}; it runs in {self.engine}")
+        if self.path.is_dir() and name == "llamacpp":
+            raise RequestError(f"the llamacpp engine reads GGUF files; {self.path} is a folder: use the torch engine")
         return open_engine(name, path=self.path, **options)
 
     def request(self, question: str, **settings: Any) -> Request:
@@ -121,6 +128,9 @@ class Model:
         """
         if settings.setdefault("conditioned", self.levels is not None) and self.levels is None and self.script is None:
             raise RequestError(f"{self.name} was not trained to read a budget in its prompt; leave out `conditioned`")
+        if self.plain:
+            assert isinstance(self.tokenizer, FileTokenizer)
+            return Request(prompt_ids=self.tokenizer.prompt_ids(question), **settings)
         problem = tasks.parse(question)
         if self.families and problem.family not in self.families:
             raise RequestError(
@@ -137,7 +147,7 @@ class Model:
         return tasks.answer_of(self.text(tree))
 
 
-def prompt_ids(tokenizer: FixedTokenizer, prompt: str) -> tuple[int, ...]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
     """A canonical question as a model reads it: what the trainer puts in front of a trace."""
     return (*tokenizer.bos_ids, *tokenizer.encode(tasks.spelled(prompt)))
 
@@ -151,17 +161,21 @@ def load_model(name_or_path: str = DEFAULT, *, format: str | None = None) -> Mod
     """Find a model, check its file, read what it says of itself.
 
     Args:
-        name_or_path: One of `NAMES`, or the path of a GGUF file that `plait train` wrote.
-        format: The format it is wanted in; None takes the one it was trained in.
+        name_or_path: One of `NAMES`, the path of a GGUF file that `plait train` wrote, or of a folder as transformers
+            saves it.
+        format: The format it is wanted in; None takes the one it was trained in. Weights that Plait did not train
+            name none, so it must be given.
 
     Raises:
         RequestError: No model has this name, or it was trained in another format.
         ModelError: The file is missing, corrupt, or no model of Plait's.
     """
     path, name = _find(name_or_path)
-    header = read_header(path)
-    about = _about(path, header)
-    model = _model(path, name, header, about)
+    if path.is_dir():
+        model = _folder(path, name, format)
+    else:
+        header = read_header(path)
+        model = _model(path, name, header, _about(path, header))
     if format is not None and format != model.format_name:
         if format not in FORMATS:
             raise nearest(format, list(FORMATS), "format")
@@ -189,13 +203,49 @@ def _find(name_or_path: str) -> tuple[Path, str]:
             raise ModelError(f"the weights of {name_or_path} are missing ({path}); install the package again")
         return path, name_or_path
     path = Path(name_or_path).expanduser()
+    if path.is_dir() and (path / "config.json").exists():
+        return path, path.resolve().name
     if path.is_file():
         # A run folder holds `model.gguf`: the folder says which.
         return path, path.parent.name if path.stem == "model" and path.parent.name else path.stem
     if path.suffix == ".gguf" or len(path.parts) > 1:
         raise ModelError(f"there is no model file {path}")
     unknown = nearest(name_or_path, list(NAMES), "model")
-    raise RequestError(f"{unknown}; or give the path of a GGUF file that `plait train sft` wrote")
+    raise RequestError(
+        f"{unknown}; or give the path of a GGUF file that `plait train sft` wrote, or of a folder of transformers'"
+    )
+
+
+def _folder(path: Path, name: str, format: str | None) -> Model:
+    described = describe_folder(path)
+    config: Mapping[str, Any] = described["config"]
+    about: Mapping[str, Any] | None = described["plait"]
+    tokenizer = FileTokenizer(path, trained=about is not None)
+    if about is None:
+        if format is None:
+            raise RequestError(
+                f"{path} does not say which format its weights were trained in; name one with --format "
+                f"(sequential: they do not fork)"
+            )
+        about = {"format": format, "join": open_format(format, tokenizer).join_kind}
+    try:
+        max_context = int(config["max_position_embeddings"])
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ModelError(f"{path / 'config.json'} lacks max_position_embeddings") from exc
+    return Model(
+        name=name,
+        path=path,
+        digest=described["digest"],
+        format_name=about["format"],
+        join=about["join"],
+        tokenizer=tokenizer,
+        max_context=max_context,
+        num_weights=described["num_weights"],
+        dtype=described["dtype"],
+        train=about.get("train", {}),
+        scores=about.get("scores", {}),
+        plain=described["plait"] is None,
+    )
 
 
 def _about(path: Path, header: Header) -> Mapping[str, Any]:

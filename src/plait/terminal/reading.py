@@ -13,7 +13,7 @@ from plait.errors import PlaitError
 from plait.events import Event, RunStarted, ThreadForked
 from plait.formats import open_format
 from plait.formats.base import TrajectoryFormat
-from plait.tokenizer import FixedTokenizer, Tokenizer
+from plait.tokenizer import FixedTokenizer, Tokenizer, Vocabulary
 from plait.tree import Segment, ThreadInfo, Tree
 from plait.types import StopReason
 
@@ -84,12 +84,21 @@ class Reader:
         """Text of ids without control tokens."""
         if self._tokenizer is None:
             return " ".join(map(str, ids))
+        if not isinstance(self._tokenizer, FixedTokenizer):
+            # A character may be written with several tokens.
+            return self._tokenizer.decode([id for id in ids if not self._is_control(id)])
         pieces = self._pieces
         for id in ids:
             if id not in pieces:
                 piece = self._tokenizer.decode((id,))
                 pieces[id] = "" if self._tokenizer.control_id(piece) is not None else piece
         return "".join(pieces[id] for id in ids)
+
+    def _is_control(self, id: int) -> bool:
+        assert self._tokenizer is not None
+        if id not in self._pieces:
+            self._pieces[id] = self._tokenizer.decode((id,))
+        return self._tokenizer.control_id(self._pieces[id]) is not None
 
     def wire(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens and all."""
@@ -164,8 +173,13 @@ def seconds(events: Sequence[Event]) -> float:
     return max((event.t for event in events if not isinstance(event, (RunStarted, ThreadForked))), default=0.0)
 
 
-def describe(tokenizer: FixedTokenizer) -> dict[str, Any]:
-    """A tokenizer as plain values, for a log's meta: a trace is then readable without the model."""
+def describe(tokenizer: Vocabulary) -> dict[str, Any]:
+    """A tokenizer as plain values, for a log's meta: a trace is then readable without the model.
+
+    Nothing for one that is more than a list of texts; such a trace shows ids.
+    """
+    if not isinstance(tokenizer, FixedTokenizer):
+        return {}
     return {
         "tokens": list(tokenizer.tokens),
         "control": sorted(tokenizer.control),
