@@ -18,11 +18,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import anyio
 import httpx2
+from blocks import together
 
 from plait.engines.http import HttpEngine
 from plait.engines.http.base import Call
@@ -41,10 +41,13 @@ def served(url: str | None, slots: int) -> Iterator[str]:
     if url is not None:
         yield url
         return
-    from real_servers import llama_server
+    from real_servers import llama_server, served_gguf
 
-    with tempfile.TemporaryDirectory() as folder, llama_server(Path(folder), slots=slots) as (address, _):
-        yield address
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        llama_server(served_gguf(Path(folder), MODEL), slots=slots) as (url, _),
+    ):
+        yield url
 
 
 async def by_hand(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> int:
@@ -56,14 +59,6 @@ async def by_hand(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) ->
                 event = json.loads(line[6:])
                 count += len(event.get("tokens") or (event.get("choices") or [{}])[0].get("token_ids") or ())
     return count
-
-
-async def side_by_side(number: int, work: Any) -> float:
-    start = perf_counter()
-    async with anyio.create_task_group() as tasks:
-        for i in range(number):
-            tasks.start_soon(work, i)
-    return perf_counter() - start
 
 
 async def measure(url: str, threads: int, runs: int) -> dict[str, Any]:
@@ -99,7 +94,7 @@ async def measure(url: str, threads: int, runs: int) -> dict[str, Any]:
 
         for number in range(runs + 1):
             for samples, work in ((hand, one_by_hand), (plait, one_through_plait)):
-                seconds = await side_by_side(threads, work)
+                seconds = await together(threads, work)
                 if number:  # the first round warms up
                     samples.append(seconds)
     assert counts["hand"] == counts["plait"], f"not the same work: {counts}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +22,11 @@ from typing import Any
 
 import anyio
 import numpy as np
+from blocks import call, side_by_side, spread
 
 from plait.engines.llamacpp import LlamaCppEngine
 from plait.train.gguf import write_gguf
-from plait.types import Context, Merge, SamplingParams
+from plait.types import Context, Merge
 
 CONFIG = {
     "vocab_size": 64,
@@ -56,25 +56,6 @@ def random_weights() -> dict[str, Any]:
             f"{at}{n}.weight": np.ones(width, np.float32) for n in ("input_layernorm", "post_attention_layernorm")
         }
     return tensors
-
-
-async def call(engine: LlamaCppEngine, context: Context, tokens: int) -> tuple[int, ...]:
-    ids: list[int] = []
-    async for chunk in engine.generate(context, SamplingParams(max_tokens=tokens)):
-        ids += chunk.token_ids
-    return tuple(ids)
-
-
-async def side_by_side(engine: LlamaCppEngine, contexts: list[Context], tokens: int) -> list[tuple[int, ...]]:
-    out: list[tuple[int, ...]] = [()] * len(contexts)
-
-    async def one(i: int) -> None:
-        out[i] = await call(engine, contexts[i], tokens)
-
-    async with anyio.create_task_group() as tasks:
-        for i in range(len(contexts)):
-            tasks.start_soon(one, i)
-    return out
 
 
 async def step_cost(path: Path, rows: int, options: dict[str, Any]) -> tuple[float, float]:
@@ -143,11 +124,6 @@ async def block_cost(path: Path, options: dict[str, Any]) -> dict[str, float]:
     return {name: value * 1e6 for name, value in out.items()}
 
 
-def show(values: list[float]) -> str:
-    digits = 2 if max(values) < 20 else 0
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
 async def main(args: argparse.Namespace) -> None:
     options = {"threads": args.threads, "cells": 2048, "flash_attention": {"on": True, "off": False}.get(args.flash)}
     results: dict[str, Any] = {"options": options, "steps": {}, "blocks": {}}
@@ -161,13 +137,13 @@ async def main(args: argparse.Namespace) -> None:
                 whole, inside = ([c[i] for c in costs] for i in (0, 1))
                 python = [a - b for a, b in costs]
                 results["steps"][f"{dtype} {rows}"] = {"step": whole, "llama.cpp": inside, "python": python}
-                print(f"| {dtype} | {rows} | {show(whole)} | {show(inside)} | {show(python)} |", flush=True)
+                print(f"| {dtype} | {rows} | {spread(whole)} | {spread(inside)} | {spread(python)} |", flush=True)
         names = ("fork", "join", "round trip", "join step", "block", "one line", "ratio")
         print(f"\n| weights | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
         for dtype, path in paths.items():
             blocks = [await block_cost(path, options) for _ in range(args.runs)]
             results["blocks"][dtype] = blocks
-            print(f"| {dtype} | {' | '.join(show([b[n] for b in blocks]) for n in names)} |", flush=True)
+            print(f"| {dtype} | {' | '.join(spread([b[n] for b in blocks]) for n in names)} |", flush=True)
     tokens = (2 * CONCLUSION + THREADS * LENGTH, 2 * CONCLUSION + LENGTH)
     print(f"\nThe block samples {tokens[0]} tokens; its longest line has {tokens[1]}.")
     if args.json:

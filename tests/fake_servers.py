@@ -23,7 +23,9 @@ VOCAB = 50
 CONTROL = {40: "<Fork>", 41: "</Fork>", 42: "<Stop>"}
 """Control tokens: they print as nothing unless they are asked for."""
 BLOCK = 16
-FaultKind = Literal["503", "500", "garbage", "html", "cut", "stall", "slow", "error", "abort", "banned", "silent"]
+FaultKind = Literal[
+    "503", "500", "garbage", "html", "cut", "stall", "slow", "error", "abort", "banned", "silent", "pings"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,11 @@ class Seen:
 
 
 class BadRequest(Exception):
-    """Answered with 400."""
+    """Answered with 400, or in the stream where a server looks at a call only after it has begun to answer."""
+
+    def __init__(self, message: str, *, late: bool = False) -> None:
+        super().__init__(message)
+        self.late = late
 
 
 @dataclass(slots=True)
@@ -240,6 +246,11 @@ class FakeServer:
                 match fault.kind:
                     case "slow" | "stall":
                         await anyio.sleep(fault.seconds)
+                    case "pings":
+                        with anyio.move_on_after(fault.seconds):
+                            while True:
+                                await wire.comment("ping")
+                                await anyio.sleep(0.02)
                     case "garbage":
                         await wire.event('{"choices": [{"tok')
                     case "error":
@@ -252,8 +263,12 @@ class FakeServer:
             try:
                 event = await anext(events, None)
             except BadRequest as exc:
-                await wire.page(400, self.bad_request(str(exc)))
-                return True
+                if not exc.late:
+                    await wire.page(400, self.bad_request(str(exc)))
+                    return True
+                await wire.begin_stream()
+                await wire.event(json.dumps(self.bad_request(str(exc))))
+                break
             if not started:
                 await wire.begin_stream()
                 started = True
@@ -322,6 +337,9 @@ class _Wire:
     async def event(self, data: str) -> None:
         await self.send(h11.Data(data=f"data: {data}\n\n".encode()))
 
+    async def comment(self, text: str) -> None:
+        await self.send(h11.Data(data=f": {text}\n\n".encode()))
+
     async def end(self) -> None:
         await self.send(h11.EndOfMessage())
 
@@ -348,7 +366,7 @@ def params_of(
 
 @dataclass(slots=True)
 class FakeVllm(FakeServer):
-    """vLLM 0.33: both routes, one event a token, the finish reason with the last token, then the usage, then [DONE]."""
+    """vLLM 0.32: both routes, one event a token, the finish reason with the last token, then the usage, then [DONE]."""
 
     native: bool = True
     tells_cached: bool = True
@@ -372,6 +390,11 @@ class FakeVllm(FakeServer):
         native = path.startswith("/inference")
         sampling = body["sampling_params"] if native else body
         ids = body["token_ids"] if native else body["prompt"]
+        if out := [id for id in ids if id >= self.vocab_size]:
+            raise BadRequest(f"Token id {out[0]} is out of vocabulary", late=True)
+        if native and len(ids) >= self.max_context:
+            what = f"The decoder prompt (length {len(ids)}) is longer than the maximum model length of"
+            raise BadRequest(f"{what} {self.max_context}.", late=True)
         banned = self._banned(sampling, native)
         if sampling["top_k"] < -1 or sampling["repetition_penalty"] != 1.0 or sampling["min_p"] != 0.0:
             raise BadRequest("a default of the generation config would have been used")

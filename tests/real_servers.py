@@ -1,18 +1,20 @@
-"""Real inference servers for the `servers` lane, each in a process of its own, on loopback, with the embedded model."""
+"""Real inference servers for the `servers` lane and the benchmarks, each in a process of its own, on loopback."""
 
 from __future__ import annotations
 
 import os
-import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import plait
 from plait.models.serving import write_served
@@ -22,7 +24,7 @@ import sys, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
 params.n_parallel, params.n_ctx = int(sys.argv[2]), int(sys.argv[3])
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[4])
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 params.warmup, params.endpoint_metrics, params.verbosity = False, True, 0
 server = xllamacpp.Server(params)
@@ -32,17 +34,29 @@ sys.stdin.read()
 """llama.cpp's own HTTP server, which the wheel of the embedded engine carries."""
 
 
+VLLM_PYTHON = os.environ.get("PLAIT_VLLM_PYTHON")
+"""The interpreter of an environment with vLLM, which has a torch and a transformers of its own."""
+
+
+def served_gguf(folder: Path, model: str) -> Path:
+    """The weights of a model that ships, with a vocabulary beside them, which llama-server needs."""
+    weights = folder / f"{model}.gguf"
+    return weights if weights.exists() else write_served(plait.load_model(model), weights)
+
+
 @contextmanager
 def llama_server(
-    folder: Path, *, model: str = "plait-tiny-sequential", slots: int = 4, context: int = 2048
+    weights: Path, *, slots: int = 4, context: int = 2048, threads: int = 1
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Serve a model that ships, with a vocabulary; its address, and the process to kill."""
-    weights = folder / f"{model}.gguf"
-    if not weights.exists():
-        write_served(plait.load_model(model), weights)
-    args = [sys.executable, "-c", _LLAMA_SERVER, str(weights), str(slots), str(slots * context)]
+    """Serve a GGUF file that has a vocabulary; the address, and the process to kill."""
+    args = [sys.executable, "-c", _LLAMA_SERVER, str(weights), str(slots), str(slots * context), str(threads)]
     process = subprocess.Popen(
-        args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        args,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     with _ending(process):
@@ -52,40 +66,58 @@ def llama_server(
 
 
 @contextmanager
-def vllm_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Serve a folder of transformers weights with the vLLM that is installed (its CPU build needs minutes to start)."""
+def vllm_server(
+    weights: Path, *, native: bool = False, dtype: str = "float32", seqs: int = 16, context: int = 2048, kv_gib: int = 1
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Serve a folder of transformers weights with vLLM's CPU build, which takes a minute to start.
+
+    Args:
+        native: With the route that takes and returns token ids alone.
+    """
+    assert VLLM_PYTHON is not None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = shutil.which("vllm")
-    assert command is not None
-    settings = ["--max-model-len", "2048", "--max-num-seqs", "16", "--dtype", "float32", "--enforce-eager"]
+    settings = ["--max-model-len", str(context), "--max-num-seqs", str(seqs), "--dtype", dtype, "--enforce-eager"]
     caching = ["--enable-prefix-caching", "--block-size", "32", "--enable-prompt-tokens-details"]
-    where = ["--host", "127.0.0.1", "--port", str(port)]
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    args = [command, "serve", str(folder), *where, *settings, *caching]
-    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, env=environment)
-    with _ending(process):
-        _wait_for(f"http://127.0.0.1:{port}", process)
-        yield f"http://127.0.0.1:{port}", process
+    where = ["--host", "127.0.0.1", "--port", str(port), *(["--enable-scale-out"] if native else [])]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
+        "PATH": os.pathsep.join((str(Path(VLLM_PYTHON).parent), os.environ.get("PATH", ""))),
+    }
+    args = [VLLM_PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(weights), *where, *settings, *caching]
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            args, stdout=output, stderr=output, text=True, env=environment, start_new_session=True
+        )
+        with _ending(process):
+            _wait_for(f"http://127.0.0.1:{port}", process, output)
+            yield f"http://127.0.0.1:{port}", process
 
 
 @contextmanager
 def _ending(process: subprocess.Popen[str]) -> Iterator[None]:
+    """End a server and the processes that it started."""
     try:
         yield
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
 
 
-def _wait_for(url: str, process: subprocess.Popen[str], seconds: float = 600.0) -> None:
+def _wait_for(url: str, process: subprocess.Popen[str], output: IO[str], seconds: float = 600.0) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        assert process.poll() is None, f"vllm ended with {process.returncode} before it was ready"
+        if process.poll() is not None:
+            output.seek(0)
+            raise AssertionError(f"vllm ended with {process.returncode} before it was ready: {output.read()[-2000:]}")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return

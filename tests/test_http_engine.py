@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import anyio
 import anyio.abc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("httpx2", reason="needs the http extra")
 
@@ -23,6 +27,7 @@ from fake_servers import (
     Fault,
 )
 from plait.engines.http import HttpEngine, Timeouts, affinity
+from plait.engines.http.client import EventParser
 from plait.engines.http.engine import base_urls, read_metrics
 from plait.engines.http.placement import Placement
 from plait.errors import (
@@ -355,8 +360,10 @@ async def test_leaving_a_call_ends_it_on_the_server(dialect: str) -> None:
             await anext(chunks)
             assert server.running == 1
         await eventually(lambda: not server.running and server.aborted == 1)
-        with anyio.move_on_after(0.02):
-            await call(engine, max_tokens=2000)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(call, engine, max_tokens=2000))
+            await eventually(lambda: server.running == 1)
+            tasks.cancel_scope.cancel()
         await eventually(lambda: not server.running and server.aborted == 2)
         assert engine.stats().active == 0
         assert (await call(engine))[1] is StopReason.LENGTH
@@ -482,6 +489,68 @@ async def test_a_slow_first_token_is_waited_for_and_then_given_up() -> None:
             await call(engine)
         assert len(server.seen) == 2, "a timeout is not tried again"
         await eventually(lambda: not server.running)
+
+
+async def test_pings_are_no_tokens() -> None:
+    server = FakeVllm()
+    async with opened(server, timeouts=Timeouts(next_token_s=0.3)) as engine:
+        server.faults.append(Fault(kind="pings", after=2, seconds=30))
+        with pytest.raises(EngineTimeout, match=r"no further token came within 0\.3 s"):
+            await call(engine)
+        await eventually(lambda: not server.running)
+
+
+async def test_a_reader_that_takes_its_time_is_no_slow_server() -> None:
+    async with opened(FakeVllm(token_s=0.01), timeouts=Timeouts(next_token_s=0.2)) as engine:
+        sampled: list[int] = []
+        async with aclosing(engine.generate((PROMPT,), SamplingParams(max_tokens=6))) as chunks:
+            async for chunk in chunks:
+                sampled += chunk.token_ids
+                await anyio.sleep(0.3 if len(sampled) < 3 else 0)
+        assert sampled == await said_by_the_model()
+
+
+@only_on_asyncio
+@pytest.mark.parametrize("native", [True, False])
+async def test_what_a_server_refuses_after_it_began_to_answer_is_refused(native: bool) -> None:
+    server = FakeVllm(native=native)
+    async with opened(server) as engine:
+        with pytest.raises(EngineProtocolError, match=f"Token id {VOCAB} is out of vocabulary"):
+            await call(engine, (1, VOCAB))
+        server.max_context = 10
+        with pytest.raises(ContextLengthError):
+            await call(engine)
+        assert len(server.seen) == 2, "what is refused is not sent again"
+
+
+@given(st.lists(st.integers(0, 200), max_size=12), st.sampled_from(["\n", "\r\n"]))
+def test_events_are_read_alike_however_they_are_cut(cuts: list[int], end: str) -> None:
+    lines = [
+        ": ping",
+        "",
+        "event: x",
+        'data: {"a": 1}',
+        "",
+        "data:[2,",
+        "data: 3]",
+        "id: 7",
+        "",
+        "data:",
+        "",
+        "data: cut",
+    ]
+    stream = end.join(lines).encode()
+    bounds = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    parser = EventParser()
+    parts = [stream[a:b] for a, b in pairwise(bounds)]
+    assert [data for part in parts for data in parser.feed(part)] == [b'{"a": 1}', b"[2,\n3]", b""]
+
+
+def test_an_event_without_an_end_is_given_up() -> None:
+    parser = EventParser()
+    parser.feed(b"data: " + b"x" * 1_000_000 + b"\ndata: ")
+    with pytest.raises(EngineProtocolError, match="more than 1048576 bytes"):
+        parser.feed(b"x" * 100_000)
 
 
 @only_on_asyncio

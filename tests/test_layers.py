@@ -58,7 +58,8 @@ HEAVY = {
     "hypothesis": ("testing/strategies.py",),
     "pytest": ("testing/pytest.py",),
     "selenium": (),
-    "httpx2": ("engines/http/client.py", "bench/load.py", "server/spans.py"),
+    "httpcore2": ("engines/http/client.py",),
+    "httpx2": ("bench/load.py", "server/spans.py"),
     # An engine that is woken from its own thread has to ask the running loop how.
     "trio": ("testing/clock.py", "engines/llamacpp/engine.py"),
 }

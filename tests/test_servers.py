@@ -1,11 +1,11 @@
 """HTTP engines against real servers with the embedded model: `pytest -m servers`.
 
-llama-server comes with the embedded engine and always runs. vLLM runs where it is installed.
+llama-server comes with the embedded engine and always runs. vLLM, on both of its routes, where PLAIT_VLLM_PYTHON names
+the interpreter of an environment that has it.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -27,9 +27,10 @@ from plait.tasks.vocabulary import TOKENIZER
 from plait.testing.conformance import check_engine
 from plait.testing.strategies import ToyFormat
 from plait.types import Budget, Request, SamplingParams, StopReason
-from real_servers import llama_server, vllm_server
+from real_servers import VLLM_PYTHON, llama_server, served_gguf, vllm_server
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+# A vLLM takes a minute to start, several on a busy machine.
+pytestmark = [pytest.mark.anyio, pytest.mark.servers, pytest.mark.timeout(900)]
 
 MODEL = "plait-tiny-sequential"
 TEXT_IDS = 43
@@ -50,16 +51,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(folder: Path) -> Iterator[str]:
-    with llama_server(folder) as (url, _):
+    with llama_server(served_gguf(folder, MODEL)) as (url, _):
         yield url
 
 
-@pytest.fixture(scope="module")
-def vllm(folder: Path) -> Iterator[str]:
-    if shutil.which("vllm") is None:
-        pytest.skip("vllm is not installed")
+@pytest.fixture(scope="module", params=["native", "completions"])
+def vllm(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    if VLLM_PYTHON is None:
+        pytest.skip("PLAIT_VLLM_PYTHON does not name the interpreter of an environment with vLLM")
     hf_weights = pytest.importorskip("hf_weights", reason="writes transformers weights: needs the train extra")
-    with vllm_server(hf_weights.write(plait.load_model(MODEL), folder / "hf")) as (url, _):
+    copy = hf_weights.write(plait.load_model(MODEL), folder / "hf")
+    with vllm_server(copy, native=request.param == "native") as (url, _):
         yield url
 
 
@@ -154,7 +156,7 @@ async def test_doctor_finds_a_real_server_usable(url: str) -> None:
 
 
 async def test_a_server_killed_in_the_middle_of_a_fork_is_an_error_and_nothing_hangs(folder: Path) -> None:
-    with llama_server(folder) as (url, process):
+    with llama_server(served_gguf(folder, MODEL)) as (url, process):
         timeouts = Timeouts(first_token_s=5, next_token_s=5)
         async with HttpEngine(url, timeouts=timeouts, retries=1) as engine:
             failures: list[Any] = []

@@ -17,7 +17,7 @@ import anyio
 
 from plait.engines.base import EngineStats
 from plait.engines.http.base import Call, Dialect, Piece
-from plait.engines.http.client import Busy, Client, Timeouts
+from plait.engines.http.client import Busy, Client, Timeouts, Wait
 from plait.engines.http.placement import Place, Placement
 from plait.engines.http.probe import Server, probe
 from plait.engines.http.reader import Reader
@@ -230,17 +230,14 @@ class HttpEngine:
         reader = Reader(call, dialect)
         headers: dict[str, str] = dict.fromkeys(HEADERS, place.key)
         path = f"{url}{dialect.route(call)}"
-        async with aclosing(self._client.events(path, dialect.body(call), headers)) as events:
-            limit_s = self.timeouts.first_token_s
-            while True:
-                with _phase(limit_s, f"{path}: {'no' if reader.num_read == 0 else 'no further'} token came"):
-                    event = await anext(events, None)
-                if event is None:
-                    raise EngineError(f"{path} ended its stream after {reader.num_read} tokens without saying why")
+        first_s, next_s = self.timeouts.first_token_s, self.timeouts.next_token_s
+        wait = Wait(first_s, f"{path}: no token came")
+        further = f"{path}: no further token came"
+        async with aclosing(self._client.events(path, dialect.body(call), headers, wait)) as events:
+            async for event in events:
                 piece = reader.take(event)
                 if piece.token_ids:
                     self._placement.begin(place)
-                    limit_s = self.timeouts.next_token_s
                 stop = state.add(piece)
                 self._decoded += len(piece.token_ids)
                 over = stop is not None or piece.finish is not None
@@ -251,10 +248,13 @@ class HttpEngine:
                     state.stop = stop
                 if piece.token_ids or stop is not None:
                     yield Chunk(token_ids=piece.token_ids, logprobs=piece.logprobs, stop=stop)
+                    # Not before: whoever reads the chunk may take its time.
+                    wait.extend(next_s, further)
                 if over:
                     if stop is None and reader.num_read == 0:
                         raise EngineProtocolError(f"C4: {path} ended a call without a token, for {piece.finish!r}")
                     return
+        raise EngineError(f"{path} ended its stream after {reader.num_read} tokens without saying why")
 
     async def _read_to_end(self, events: AsyncGenerator[dict[str, Any], None], reader: Reader) -> None:
         """Take the usage that follows the last token, so that the connection can serve the next call."""
@@ -349,23 +349,6 @@ class _State:
         # A server that stops for length before `room` has less context than it said.
         full = len(self.sampled) >= self.room or (piece.finish == "length" and self.sampled)
         return StopReason.LENGTH if full else None
-
-
-class _phase:
-    """A time limit for waiting, as `EngineTimeout`. Never held across a yield."""
-
-    def __init__(self, seconds: float, what: str) -> None:
-        self._seconds, self._what = seconds, what
-        self._scope = anyio.CancelScope(deadline=anyio.current_time() + seconds)
-
-    def __enter__(self) -> None:
-        self._scope.__enter__()
-
-    def __exit__(self, kind: Any, exc: Any, tb: Any) -> bool | None:
-        swallowed = self._scope.__exit__(kind, exc, tb)
-        if self._scope.cancelled_caught:
-            raise EngineTimeout(f"{self._what} within {self._seconds:g} s")
-        return swallowed
 
 
 def base_urls(urls: str | Sequence[str]) -> tuple[str, ...]:

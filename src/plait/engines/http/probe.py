@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import anyio
 
 from plait.engines.http.base import Call, Dialect
-from plait.engines.http.client import Busy, Client
+from plait.engines.http.client import Busy, Client, Wait
 from plait.engines.http.completions import Completions
 from plait.engines.http.llama_server import LlamaServer
 from plait.engines.http.reader import Reader
@@ -183,13 +183,14 @@ async def _trial(client: Client, url: str, server: Server, dialect: Dialect) -> 
     """
     call = _trial_call(server.model)
     reader = Reader(call, dialect)
-    with anyio.fail_after(client.timeouts.first_token_s):
-        async with aclosing(client.events(f"{url}{dialect.route(call)}", dialect.body(call), {})) as events:
-            async for event in events:
-                reader.take(event)
+    path = f"{url}{dialect.route(call)}"
+    wait = Wait(client.timeouts.first_token_s, f"{path} did not answer")
+    async with aclosing(client.events(path, dialect.body(call), {}, wait)) as events:
+        async for event in events:
+            reader.take(event)
     if reader.num_read != 1:
         raise EngineProtocolError(
-            f"C3: {url}{dialect.route(call)} gave {reader.num_read} token ids where one was asked for. An engine has "
+            f"C3: {path} gave {reader.num_read} token ids where one was asked for. An engine has "
             "to return the ids of its tokens"
         )
     return reader.cached_tokens is not None
