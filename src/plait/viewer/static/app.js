@@ -27,7 +27,8 @@ class App {
         el('button', { class: 'icon', title: 'Dark or light (t)', 'aria-label': 'Dark or light', onclick: () => this.theme() }, '\u25d0')),
       this.main, this.help, tip);
     showHints(tip);
-    this._theme = null;
+    this._theme = remembered();
+    if (this._theme) document.documentElement.dataset.theme = this._theme;
     palette.read();
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this._restyle());
     window.addEventListener('hashchange', () => this.show());
@@ -132,6 +133,7 @@ class App {
     const dark = this._theme ? this._theme === 'dark' : matchMedia('(prefers-color-scheme: dark)').matches;
     this._theme = dark ? 'light' : 'dark';
     document.documentElement.dataset.theme = this._theme;
+    try { localStorage.setItem('plait-theme', this._theme); } catch { /* a file may have no storage */ }
     this._restyle();
   }
 
@@ -157,6 +159,14 @@ class App {
     else return;
     e.preventDefault();
   }
+}
+
+// The theme that was chosen before, where the browser keeps such things.
+function remembered() {
+  try {
+    const theme = localStorage.getItem('plait-theme');
+    return theme === 'dark' || theme === 'light' ? theme : null;
+  } catch { return null; }
 }
 
 function mark() {

@@ -135,7 +135,7 @@ class RaceView {
     this.horizon = this._horizon();
     this.runners = this.runs.map((run) => new Runner(run, this.horizon));
     this.player = new Player(this.horizon, (clock) => this.show(clock));
-    this.verdict = el('p', { class: 'sentence' });
+    this.verdict = el('p', { class: 'sentence', role: 'status' });
     this.node = el('div', { class: 'race' },
       el('h1', {}, first.question), this.verdict,
       el('div', { class: 'tools' }, this.player.node, choose || null),

@@ -19,8 +19,9 @@ class TraceView {
     this.pack = run.threads.size > 4 ? el('button', { class: 'toggle fit', title: 'Threads that follow each other share lanes (p)', onclick: () => this.lanes.pack(!this.lanes.packed) }, 'Pack') : null;
     const twins = others.map((other) => el('button', { class: 'toggle', onclick: () => race(other.index) }, `Race ${other.run.model || other.run.name}`));
     this.title = el('h1', {});
-    this.sentence = el('p', { class: 'sentence' });
+    this.sentence = el('p', { class: 'sentence', role: 'status' });
     this.stats = el('dl', { class: 'stats' });
+    this.meaning = el('p', { class: 'meaning' });
     this.legend = el('div', { class: 'legend' });
     this.node = el('div', { class: 'trace' },
       this.title, this.sentence, this.stats,
@@ -28,7 +29,7 @@ class TraceView {
         run.id ? el('a', { class: 'toggle', href: `/plait/runs/${run.id}/log`, download: `${run.id}.jsonl`, title: 'The log: plait view reads it' }, 'Log') : null,
         this.pack, el('button', { class: 'toggle fit', title: 'Show all of it (0)', onclick: () => this.lanes.fit() }, 'Fit')),
       el('div', { class: 'columns' },
-        el('div', { class: 'drawn' }, this.stage, this.legend, this.side),
+        el('div', { class: 'drawn' }, this.stage, this.meaning, this.legend, this.side),
         el('section', { class: 'textual', 'aria-label': 'Text' },
           el('div', { class: 'bar' }, hinted('h3', 'Text', 'Every token, in the order it is read. Dotted: inserted by the runtime. In frames: tags that fork and join.'),
             el('button', { class: 'link', onclick: () => this.reading.foldAll(true) }, 'fold all'),
@@ -68,6 +69,7 @@ class TraceView {
 
   setAxis(axis) {
     this.lanes.setAxis(axis);
+    this.meaning.textContent = `${AXES[this.lanes.axis].about}.`;
     for (const button of this.axes.children) {
       button.setAttribute('aria-checked', String(button.dataset.axis === this.lanes.axis));
       button.disabled = button.dataset.axis !== 'time' && !this.run.derived;
