@@ -20,7 +20,6 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,7 +63,7 @@ class Soak:
     engine: str
     streams: int
     minutes: float
-    whole: Counter[str] = field(default_factory=Counter[str])
+    whole: dict[str, int] = field(default_factory=dict[str, int])
     """Streams that ended as they must, by kind."""
     frames: int = 0
     declined: int = 0
@@ -167,7 +166,7 @@ async def _client(server: Server, menu: Sequence[Ask], rng: random.Random, resul
         except (Broken, OSError, ValueError, LookupError) as exc:
             result.broken.append(f"{ask.kind}: {type(exc).__name__}: {exc}")
             continue
-        result.whole[ask.kind] += 1
+        result.whole[ask.kind] = result.whole.get(ask.kind, 0) + 1
         result.frames += reply.frames
         result.declined += reply.declined
         result.first_s.append(reply.first_s)

@@ -162,6 +162,8 @@ class Ask:
 
     path: str
     body: dict[str, Any]
+    key: str = ""
+    """API key."""
 
     @property
     def kind(self) -> str:
@@ -173,6 +175,7 @@ class Ask:
     def data(self) -> bytes:
         body = json.dumps(self.body).encode()
         head = f"POST {self.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Authorization: Bearer {self.key}\r\n" if self.key else ""
         return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
