@@ -6,10 +6,10 @@ the interpreter of an environment that has it.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
@@ -19,10 +19,11 @@ pytest.importorskip("httpx2", reason="needs the http extra")
 import plait
 from plait.engines.http import HttpEngine, Timeouts
 from plait.engines.http.diagnosis import diagnose
-from plait.errors import EngineError, EngineUnavailable
+from plait.errors import EngineError, EngineTimeout, EngineUnavailable
+from plait.events import TokensSampled
 from plait.formats import open_format
 from plait.formats.base import Branch, Fork, Join, ThreadOutcome
-from plait.session import run
+from plait.session import open_run, run
 from plait.tasks.vocabulary import TOKENIZER
 from plait.testing.conformance import check_engine
 from plait.testing.strategies import ToyFormat
@@ -55,19 +56,17 @@ def llama(folder: Path) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module", params=["native", "completions"])
-def vllm(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(scope="module", params=["llama-server", "vllm native", "vllm completions"])
+def url(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "llama-server":
+        yield request.getfixturevalue("llama")
+        return
     if VLLM_PYTHON is None:
         pytest.skip("PLAIT_VLLM_PYTHON does not name the interpreter of an environment with vLLM")
     hf_weights = pytest.importorskip("hf_weights", reason="writes transformers weights: needs the train extra")
     copy = hf_weights.write(plait.load_model(MODEL), folder / "hf")
-    with vllm_server(copy, native=request.param == "native") as (url, _):
-        yield url
-
-
-@pytest.fixture(params=["llama", "vllm"])
-def url(request: pytest.FixtureRequest) -> str:
-    return request.getfixturevalue(request.param)
+    with vllm_server(copy, native=request.param == "vllm native") as (address, _):
+        yield address
 
 
 async def test_a_real_server_obeys_every_clause(url: str) -> None:
@@ -155,31 +154,36 @@ async def test_doctor_finds_a_real_server_usable(url: str) -> None:
     assert found.fork.again_reused_tokens > 200
 
 
-async def test_a_server_killed_in_the_middle_of_a_fork_is_an_error_and_nothing_hangs(folder: Path) -> None:
+@pytest.mark.parametrize(("sent", "error"), [(signal.SIGKILL, EngineError), (signal.SIGSTOP, EngineTimeout)])
+async def test_a_server_that_dies_in_the_middle_of_a_fork_ends_the_run_and_joins_nothing(
+    folder: Path, sent: signal.Signals, error: type[EngineError]
+) -> None:
+    prompt = plait.load_model(MODEL).request("What is 347 * 526?").prompt_ids
+    request = Request(prompt_ids=prompt, budget=Budget(max_threads=8, max_tokens=None, max_depth=2))
     with llama_server(served_gguf(folder, MODEL)) as (url, process):
-        timeouts = Timeouts(first_token_s=5, next_token_s=5)
-        async with HttpEngine(url, timeouts=timeouts, retries=1) as engine:
-            failures: list[Any] = []
-
-            async def branch(k: int) -> None:
-                try:
-                    async with aclosing(engine.generate(((1, 2, k),), SamplingParams(max_tokens=1900))) as chunks:
-                        async for _ in chunks:
-                            process.kill()
-                except EngineError as exc:
-                    failures.append(exc)
-
-            with anyio.fail_after(20):
-                async with anyio.create_task_group() as branches:
-                    for k in range(4):
-                        branches.start_soon(branch, k)
-            assert len(failures) == 4
+        async with HttpEngine(url, timeouts=Timeouts(next_token_s=1), retries=1) as engine:
+            async with AsyncExitStack() as stack:
+                stack.enter_context(anyio.fail_after(30))
+                stack.enter_context(pytest.raises(error))
+                started = await stack.enter_async_context(open_run(request, engine=engine, format=AtEveryRow()))
+                async for event in started:
+                    if isinstance(event, TokensSampled) and event.id == "0/0.1:0":
+                        process.send_signal(sent)
+            tree = started.tree
+            assert {s.thread for s in tree.segments.values()} >= {"0", "0/0.0", "0/0.1", "0/0.2"}
+            assert not any(s.joins for s in tree.segments.values())
             assert engine.stats().active == 0
-            with pytest.raises(EngineUnavailable, match="cannot be reached"):
-                await branch_raises(engine)
+            if sent is signal.SIGSTOP:
+                process.send_signal(signal.SIGCONT)
+                assert len(await sampled(engine, (1, 2, 3), 2)) == 2
+            else:
+                with pytest.raises(EngineUnavailable, match="cannot be reached"):
+                    await sampled(engine, (1, 2, 3), 2)
 
 
-async def branch_raises(engine: HttpEngine) -> None:
-    async with aclosing(engine.generate(((1, 2, 3),), SamplingParams(max_tokens=2))) as chunks:
-        async for _ in chunks:
-            pass
+async def sampled(engine: HttpEngine, ids: tuple[int, ...], tokens: int) -> list[int]:
+    found: list[int] = []
+    async with aclosing(engine.generate((ids,), SamplingParams(max_tokens=tokens))) as chunks:
+        async for chunk in chunks:
+            found += chunk.token_ids
+    return found
