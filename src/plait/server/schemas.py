@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from plait.types import Budget
 
@@ -28,14 +28,30 @@ def _few(stops: str | list[str] | None) -> str | list[str] | None:
 Stop = Annotated[str | list[str] | None, AfterValidator(_few)]
 
 
+def _only(kind: type[Any]) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        # A literal compares by value, and in Python 0 is False.
+        if value is not None and type(value) is not kind:
+            raise ValueError(f"it is {value!r:.50}, which is no {kind.__name__}")
+        return value
+
+    return BeforeValidator(check)
+
+
+No = Annotated[Literal[False], _only(bool)]
+One = Annotated[Literal[1], _only(int)]
+Zero = Annotated[Literal[0], _only(int)]
+
+
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", str_max_length=200_000)
+    # Strict: a number in quotes, or a 1 for true, is a mistake of the caller's.
+    model_config = ConfigDict(extra="ignore", str_max_length=200_000, strict=True)
 
 
 class PlaitOptions(BaseModel):
     """The `plait` field of a request: how it may fork, and what is said of it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     format: str | None = None
     """Refuse a model of another trajectory format."""
@@ -111,9 +127,9 @@ class ChatRequest(_Sampled):
     stop: Stop = None
     stream_options: StreamOptions | None = None
     include_reasoning: bool = True
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    n: One | None = None
+    logprobs: No | None = None
+    top_logprobs: Zero | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: _TextFormat | None = None
@@ -139,8 +155,8 @@ class CompletionRequest(_Sampled):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     stop: Stop = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    best_of: Literal[1] | None = None
+    n: One | None = None
+    best_of: One | None = None
     echo: bool | None = None
     """With `max_tokens` 0 or 1: the prompt comes back, and `logprobs` says how likely each of its tokens is."""
     logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
@@ -193,7 +209,7 @@ class ResponsesRequest(_Sampled):
     metadata: dict[str, str] | None = None
     text: _TextConfig | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    background: Literal[False] | None = None
+    background: No | None = None
     previous_response_id: None = None
     conversation: None = None
 
