@@ -24,6 +24,7 @@ LAYERS = (
     ("testing",),
     ("tasks",),
     ("models",),
+    ("inspect_provider",),
     ("bench",),
     ("train",),
     ("terminal",),
@@ -59,7 +60,8 @@ HEAVY = {
     "pytest": ("testing/pytest.py",),
     "selenium": (),
     "httpcore2": ("engines/http/client.py",),
-    "httpx2": ("bench/load.py", "server/spans.py"),
+    "httpx2": ("bench/load.py", "inspect_provider.py", "server/spans.py"),
+    "inspect_ai": ("inspect_provider.py",),
     # An engine that is woken from its own thread has to ask the running loop how.
     "trio": ("testing/clock.py", "engines/llamacpp/engine.py"),
 }
