@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 
 from plait.errors import FormatProtocolError, RequestError
-from plait.formats import FORMATS, Fork, Malformed, ThreadOutcome, format_class
+from plait.formats import FORMATS, Block, Fork, Malformed, Return, ThreadOutcome, format_class, open_format
 from plait.formats.base import Join
+from plait.formats.convert import unnested
+from plait.formats.text import CharTokenizer
 from plait.formats.threadweaver import ThreadWeaver
 from plait.tasks.vocabulary import TOKENIZER
 from plait.testing import FORMAT_CLAUSES, check_format
 from plait.testing.formats import MakeFormat
+from plait.testing.trajectories import Trajectories
 
 OPTIONS: dict[str, dict[str, Any]] = {"npr": {"min_tokens": 0}, "parathinker": {"num_paths": 3}}
 APART = {"sequential": {"F9"}, "apr": {"F2", "F6"}, "asyncthink": {"F6"}}
@@ -80,3 +84,26 @@ def test_a_clause_that_is_not_there_is_refused() -> None:
     with pytest.raises(RequestError, match="did you mean 'F1'"):
         check_format(ThreadWeaver, clauses=["F11"])
     assert check_format(ThreadWeaver, clauses=["F7", "F9"], examples=1) == ["F7", "F9"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nested_blocks_become_threads_that_need_each_other(seed: int) -> None:
+    tokenizer = CharTokenizer(format_class("plait").tags())
+    format = open_format("plait", tokenizer)
+    prompt = tokenizer.encode("a")
+    drawn = Trajectories(format, tokenizer, prompt_ids=prompt)
+    trajectory = unnested(drawn.draw(random.Random(seed), whole=seed % 2 == 0))
+    assert format.read(format.write(trajectory)) == trajectory
+    for part in trajectory:
+        for thread in part.threads if isinstance(part, Block) and not part.race else ():
+            inner = [p for p in thread if isinstance(p, Block)]
+            assert len(inner) != 1 or inner[0].race
+
+
+def test_what_nested_threads_did_is_read_by_those_that_need_them() -> None:
+    inner = Block(("x", "y"), (("1", Return("2")), ("3",)))
+    nested = (Block(("a", "b"), (("p", inner, "q", Return("r")), ("s",))), "t")
+    block, rest = unnested(nested)
+    assert isinstance(block, Block)
+    assert (block.outlines, block.needs, rest) == (("x", "y", "a", "b"), ((), (), (0, 1), ()), "t")
+    assert block.threads == (("1", Return("2")), ("3",), ("pq", Return("r")), ("s",))

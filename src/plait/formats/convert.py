@@ -73,3 +73,47 @@ def _block_in_line(block: Block) -> list[str]:
         if block.race and ended(block.threads[i])[1] is not None:
             break
     return [*texts, "\n", block.conclusion]
+
+
+def unnested(trajectory: Trajectory) -> Trajectory:
+    """The same trajectory without blocks inside threads: what nested threads did are threads that others need.
+
+    A thread that forked becomes a thread that needs those, and says what it said after their join; what it said before
+    its block it says first. Threads with more than one block of their own, and with races inside, stay as they are.
+    """
+    return tuple(_unnested_block(part) if isinstance(part, Block) else part for part in trajectory)
+
+
+def _unnested_block(block: Block) -> Block:
+    if block.race:
+        return block
+    outlines: list[str] = []
+    threads: list[Trajectory] = []
+    needs: list[tuple[int, ...]] = []
+
+    def lift(outline: str, thread: Trajectory, own: tuple[int, ...]) -> int:
+        """Add a thread after all that it needs; its place."""
+        blocks = [part for part in thread if isinstance(part, Block)]
+        if len(blocks) == 1 and not blocks[0].race:
+            inner = blocks[0]
+            told = inner.needs or [()] * len(inner.threads)
+            places: dict[int, int] = {}
+            for i in order(told) or ():
+                places[i] = lift(inner.outlines[i], inner.threads[i], tuple(places[n] for n in told[i]))
+            own = (*own, *(places[i] for i in range(len(inner.threads))))
+            texts = [part for part in thread if isinstance(part, str)]
+            ends = [part for part in thread if isinstance(part, Return)]
+            at = thread.index(inner)
+            texts.insert(sum(isinstance(part, str) for part in thread[:at]), inner.conclusion)
+            text = "".join(texts)
+            thread = (*((text,) if text else ()), *ends)
+        outlines.append(outline)
+        threads.append(thread)
+        needs.append(own)
+        return len(threads) - 1
+
+    told = block.needs or [()] * len(block.threads)
+    places: dict[int, int] = {}
+    for i in order(told) or ():
+        places[i] = lift(block.outlines[i], block.threads[i], tuple(places[n] for n in told[i]))
+    return Block(tuple(outlines), tuple(threads), block.conclusion, tuple(needs) if any(needs) else ())
