@@ -307,6 +307,19 @@ def test_keys_choose_fold_and_switch(shown: Callable[..., Any]) -> None:
     assert browser.execute_script("return document.documentElement.dataset.theme") in ("dark", "light")
     press(browser, Keys.ESCAPE)
     assert "Choose a token" in text(browser, ".inspector")
+    tags = "return [...document.querySelectorAll('.control')].filter((tag) => tag.offsetWidth > 0).length"
+    assert browser.execute_script(tags) > 0
+    press(browser, "g")
+    assert browser.execute_script(tags) == 0
+
+
+def test_a_name_says_what_it_means(shown: Callable[..., Any]) -> None:
+    browser = shown(wide_run(20))
+    point = "document.querySelectorAll('.hint')[1].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
+    browser.execute_script(point)
+    assert "longest chain of tokens" in text(browser, "[role=tooltip]:not([hidden])")
+    browser.execute_script("document.body.dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))")
+    assert browser.execute_script("return document.querySelector('[role=tooltip]').hidden")
 
 
 def test_what_a_token_attends_to_is_what_its_context_holds(browser: Any) -> None:

@@ -2,7 +2,7 @@
 
 const KEYS = [
   ['1 2 3', 'axis: time, steps, positions'], ['arrows', 'threads and tokens'], ['w s', 'zoom in and out'], ['a d', 'move'],
-  ['0', 'show all'], ['f', 'fold the lane'], ['p', 'pack the lanes'], ['Enter', 'fold the text'], ['space', 'replay'], ['h', 'shade doubt'],
+  ['0', 'show all'], ['f', 'fold the lane'], ['p', 'pack the lanes'], ['Enter', 'fold the text'], ['space', 'replay'], ['h', 'shade doubt'], ['g', 'hide tags'],
   ['[ ]', 'run before, run after'], ['r', 'race'], ['l', 'list of runs'], ['/', 'filter, or ask'], ['t', 'dark or light'], ['Esc', 'let go'],
 ];
 

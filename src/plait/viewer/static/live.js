@@ -138,6 +138,7 @@ class AskView {
     this.error.hidden = true;
     this.stop.hidden = false;
     this._clear();
+    this.under.append(el('p', { class: 'waiting' }, 'Asked. Waiting for the model to begin.'));
     const runs = models.map(() => new Run());
     let pending = 0;
     const seen = (i, run) => {

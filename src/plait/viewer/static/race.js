@@ -8,13 +8,16 @@ class Player {
     this.clock = null;
     this.playing = false;
     this.rate = this.calm();
-    this.button = el('button', { class: 'play', title: 'Replay (space)', 'aria-label': 'Replay', onclick: () => this.toggle() }, '\u25b6');
+    this.button = el('button', { class: 'play', title: 'At the recorded times (space)', onclick: () => this.toggle() });
     this.slide = el('input', { type: 'range', min: 0, max: 1000, value: 1000, 'aria-label': 'Time' });
     this.slide.addEventListener('input', () => { this.pause(); this.seek(this.slide.value / 1000 * this.end); });
     this.pace = el('select', { 'aria-label': 'Pace', onchange: () => { this.rate = Number(this.pace.value) || this.calm(); } });
     this.node = el('div', { class: 'player' }, this.button, this.slide, this.pace);
     this._paces();
+    this._name();
   }
+
+  _name() { this.button.replaceChildren(el('i', { class: this.playing ? 'bars' : 'arrow' }), this.playing ? 'Pause' : 'Replay'); }
 
   // So slow that a short run can be watched; never faster than it was, unless it was very long.
   calm() {
@@ -41,7 +44,7 @@ class Player {
   play() {
     if (this.clock === null || this.clock >= this.end) this.clock = 0;
     this.playing = true;
-    this.button.textContent = '\u275a\u275a';
+    this._name();
     let before = performance.now();
     const step = (now) => {
       if (!this.playing) return;
@@ -55,7 +58,7 @@ class Player {
 
   pause() {
     this.playing = false;
-    this.button.textContent = '\u25b6';
+    this._name();
     cancelAnimationFrame(this._frame);
   }
 

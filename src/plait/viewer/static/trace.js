@@ -16,6 +16,7 @@ class TraceView {
         role: 'radio', 'data-axis': key, title: `${axis.about} (${i + 1})`, onclick: () => this.setAxis(key),
       }, axis.name)));
     this.heat = el('button', { class: 'toggle', 'aria-pressed': 'false', title: 'Shade tokens that the model was unsure of (h)', onclick: () => this._heat() }, 'Doubt');
+    this.tags = el('button', { class: 'link', 'aria-pressed': 'false', title: 'Leave out tags that fork and join (g)', onclick: () => this._plain() }, 'hide tags');
     this.pack = run.threads.size > 4 ? el('button', { class: 'toggle fit', title: 'Threads that follow each other share lanes (p)', onclick: () => this.lanes.pack(!this.lanes.packed) }, 'Pack') : null;
     const twins = others.map((other) => el('button', { class: 'toggle', onclick: () => race(other.index) }, `Race ${other.run.model || other.run.name}`));
     this.title = el('h1', {});
@@ -32,6 +33,7 @@ class TraceView {
         el('div', { class: 'drawn' }, this.stage, this.meaning, this.legend, this.side),
         el('section', { class: 'textual', 'aria-label': 'Text' },
           el('div', { class: 'bar' }, hinted('h3', 'Text', 'Every token, in the order it is read. Dotted: inserted by the runtime. In frames: tags that fork and join.'),
+            this.tags,
             el('button', { class: 'link', onclick: () => this.reading.foldAll(true) }, 'fold all'),
             el('button', { class: 'link', onclick: () => this.reading.foldAll(false) }, 'unfold')),
           this.reading.node)),
@@ -101,6 +103,12 @@ class TraceView {
     this.player.node.hidden = !this.run.finished;
   }
 
+  _plain() {
+    const on = this.reading.node.classList.toggle('plain');
+    this.tags.setAttribute('aria-pressed', String(on));
+    this.tags.textContent = on ? 'show tags' : 'hide tags';
+  }
+
   _heat() {
     const on = this.reading.node.classList.toggle('heat');
     this.heat.setAttribute('aria-pressed', String(on));
@@ -129,6 +137,7 @@ class TraceView {
       case 'x': { const keys = Object.keys(AXES); this.setAxis(keys[(keys.indexOf(this.lanes.axis) + 1) % 3]); return true; }
       case ' ': this.player.toggle(); return true;
       case 'h': this._heat(); return true;
+      case 'g': this._plain(); return true;
       case 'Escape':
         if (this.player.clock !== null) this.player.reset();
         this.pick(null, null);
