@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from server_process import Answered, Ask, Broken, Probe, Server, answered, asks, is_idle, quantile, server_process
 
 STREAMS = {"scripted": 256, "embedded": 64}
-DRAIN_S = 60.0
 _MIB = 1 << 20
 _MEMORY, _FILES, _TASKS = "process_resident_memory_bytes", "process_open_fds", "plait:tasks"
 _THREADS, _CELLS, _CALLS = "plait:threads_active", "plait:engine_cached_tokens", "plait:engine_inflight"
@@ -72,6 +71,7 @@ class Soak:
     first_s: list[float] = field(default_factory=list[float])
     whole_s: list[float] = field(default_factory=list[float])
     growth: list[Growth] = field(default_factory=list[Growth])
+    drain_limit_s: float = 60.0
     accepted: int = 0
     """Requests under way when SIGTERM came."""
     drained: int = 0
@@ -102,7 +102,7 @@ class Soak:
                 found.append(f"{name} grew from {rows[name].second:g} to {rows[name].last:g} under load")
         if not self.whole:
             found.append("no stream ended")
-        if self.exit_code != 0 or self.drain_s > DRAIN_S + 5:
+        if self.exit_code != 0 or self.drain_s > self.drain_limit_s + 5:
             found.append(f"the server ended with {self.exit_code} after {self.drain_s:.1f} s")
         found += [f"log: {line[:300]}" for line in self.log if '"event": "draining"' not in line]
         return found
@@ -198,7 +198,7 @@ async def _drain(server: Server, menu: Sequence[Ask], rng: random.Random, result
         if any(not reply.complete for reply in under_way):
             # One that comes too late is told when to come back.
             clients.start_soon(one, menu[0], late)
-    result.exit_code = await anyio.to_thread.run_sync(server.wait, DRAIN_S + 30)
+    result.exit_code = await anyio.to_thread.run_sync(server.wait, result.drain_limit_s + 30)
     result.drain_s = time.monotonic() - started
     result.accepted = len(under_way)
     result.drained = sum(reply.complete and reply.status == 200 for reply in under_way)
@@ -257,11 +257,12 @@ def main() -> int:
     parser.add_argument("--streams", type=int, help="at once; default 256 scripted, 64 embedded")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--delay", type=float, default=0.1, help="seconds a token of the scripted engine takes")
+    parser.add_argument("--drain", type=float, default=60.0, help="seconds the server has after SIGTERM")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     streams = STREAMS[args.engine] if args.streams is None else args.streams
-    result = Soak(engine=args.engine, streams=streams, minutes=args.minutes)
-    options = ["--drain-s", str(DRAIN_S)]
+    result = Soak(engine=args.engine, streams=streams, minutes=args.minutes, drain_limit_s=args.drain)
+    options = ["--drain-s", str(args.drain)]
     if args.engine == "scripted":
         options += ["--engine-option", f"delay_s={args.delay}"]
     with server_process(args.engine, *options) as server:

@@ -11,6 +11,7 @@ formats or text.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -39,6 +40,12 @@ class Lease:
     waiting: deque[anyio.Event] = field(default_factory=deque[anyio.Event])
     engine: Engine | None = None
     """What its places are used on."""
+    silent: dict[object, float] = field(default_factory=dict[object, float])
+    """Engine calls from which something is waited for, and since when."""
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    """Around the request's work."""
+    failure: EngineTimeout | None = None
+    """Why that was ended from here."""
 
 
 class Admission:
@@ -129,6 +136,18 @@ class Admission:
                 del self._requests[client.name]
             self._seconds += 0.1 * (anyio.current_time() - started - self._seconds)
 
+    def end_silent(self, seconds: float) -> None:
+        """End requests that have waited so long for a word of their engine.
+
+        Looked at from outside, for a timer at every chunk costs more than all else that is done for one.
+        """
+        now = time.monotonic()
+        for lease in self._leases:
+            if lease.failure is None and any(now - since > seconds for since in lease.silent.values()):
+                name = "" if lease.engine is None else f"{lease.engine.name} "
+                lease.failure = EngineTimeout(f"the {name}engine said nothing for {seconds:g} s")
+                lease.scope.cancel()
+
     def _patience(self) -> int:
         """Whole seconds until about as many requests have ended as wait now."""
         return max(1, min(60, math.ceil(self._seconds * self.pressure())))
@@ -181,43 +200,34 @@ class Admission:
 
 
 class Lane:
-    """An engine as one request sees it: every call waits for a place first, and an engine that fails is found out.
+    """An engine as one request sees it: every call waits for a place first, and garbage is found out.
 
     Args:
         engine: Open; shared by all requests.
         admission: Has the places.
         lease: Whose calls these are.
-        timeout_s: An engine that says nothing for so long has failed.
         vocab_size: Ids that an engine may sample are below it; None lets all pass.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        admission: Admission,
-        lease: Lease,
-        *,
-        timeout_s: float = math.inf,
-        vocab_size: int | None = None,
-    ) -> None:
+    def __init__(self, engine: Engine, admission: Admission, lease: Lease, *, vocab_size: int | None = None) -> None:
         self._engine, self._admission, self._lease = engine, admission, lease
-        self._timeout_s, self._vocab_size = timeout_s, vocab_size
+        self._vocab_size = vocab_size
         lease.engine = engine
         self.name, self.max_context = engine.name, engine.max_context
         self.supports_merge = engine.supports_merge
 
     async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+        silent, call = self._lease.silent, object()
         async with self._admission.place(self._lease), aclosing(self._engine.generate(context, params)) as chunks:
-            while True:
-                chunk: Chunk | None = None
-                with anyio.move_on_after(self._timeout_s) as waited:
-                    chunk = await anext(chunks, None)
-                if waited.cancelled_caught:
-                    raise EngineTimeout(f"the {self.name} engine said nothing for {self._timeout_s:g} s")
-                if chunk is None:
-                    return
-                self._check(chunk)
-                yield chunk
+            silent[call] = time.monotonic()
+            try:
+                async for chunk in chunks:
+                    del silent[call]
+                    self._check(chunk)
+                    yield chunk
+                    silent[call] = time.monotonic()
+            finally:
+                silent.pop(call, None)
 
     def _check(self, chunk: Chunk) -> None:
         """Nothing that a client would stumble over: the session looks at the rest."""

@@ -84,6 +84,7 @@ class Process(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if await super().on_tick(counter):
             return True
+        self._service.admission.end_silent(self._service.config.engine_timeout_s)
         if counter % 10 == 0:
             for connection in list(self.server_state.connections):
                 if isinstance(connection, Connection):

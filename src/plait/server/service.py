@@ -187,6 +187,7 @@ class Service:
         Raises:
             Refusal: The server is full.
             EngineUnavailable: It is not open.
+            EngineTimeout: It said nothing for too long.
         """
         if served.engine is None:
             raise EngineUnavailable("the server is not ready")
@@ -197,14 +198,11 @@ class Service:
                 # One for all calls of the request, so that its forks find what it has computed.
                 affinity(f"plait-{secrets.token_hex(8)}", cache_salt=salt),
             ):
-                lane = Lane(
-                    served.engine,
-                    self.admission,
-                    lease,
-                    timeout_s=self.config.engine_timeout_s,
-                    vocab_size=len(served.model.tokenizer.tokens),
-                )
-                yield lane, lease
+                vocab_size = len(served.model.tokenizer.tokens)
+                with lease.scope:
+                    yield Lane(served.engine, self.admission, lease, vocab_size=vocab_size), lease
+                if lease.failure is not None and lease.scope.cancelled_caught:
+                    raise lease.failure
         except Refusal as exc:
             self.metrics.rejections.labels(exc.code).inc()
             raise
@@ -226,7 +224,7 @@ async def _opened_job(
         async with open_run(request, engine=lane, format=served.format, meta=meta) as job.run:
             yield job
     except BaseException as exc:
-        failure = exc
+        failure = lease.failure or exc
         raise
     finally:
         job.end(failure)
