@@ -209,7 +209,7 @@ class FirstSuccess(APR):
         return replace(fork, race=True) if isinstance(fork, Fork) else fork
 
     def succeeded(self, outcome: ThreadOutcome) -> bool:
-        return " equal: Goal Reached" in self._tokenizer.decode(outcome.token_ids).replace("unequal", "")
+        return " equal: Goal Reached" in self._tokenizer.decode(outcome.token_ids)
 
 
 class WaitForAll(Plait):

@@ -43,7 +43,7 @@ class CountdownSearch:
     targets: tuple[int, int] = (10, 50)
     """Smallest and largest; numbers are from 1 to one below the largest."""
     largest: int = 99
-    """The largest result of an operation: the vocabulary has a token for each number up to it."""
+    """The largest result of an operation; the paper has no limit. Numbers up to 99 are one token, larger ones more."""
     beams: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8)
     """How many successors of the root are kept, and so how many sub searches there are; drawn evenly."""
     sub_beams: tuple[int, int] = (1, 8)
@@ -209,7 +209,7 @@ class _Search:
     def __init__(self, target: int, beam: int, largest: int, rng: random.Random, dive: float = 0.0) -> None:
         self._target, self._beam, self._largest, self._rng, self._dive = target, beam, largest, rng, dive
         factors = [k for k in range(2, target + 1) if target % k == 0]
-        self._from_factor = [min(abs(n - factor) for factor in factors) for n in range(largest + 1)]
+        self._from_factor = [min(abs(n - factor) for factor in factors) for n in range(target + 1)]
         self._count = 0
 
     def run(self, root: _Node, level: int = 0) -> tuple[list[str], _Found | None]:
@@ -285,7 +285,8 @@ class _Search:
 
     def _distance(self, numbers: Sequence[int]) -> int:
         """How far numbers are from factors of the target, in all."""
-        return sum(self._from_factor[n] for n in numbers)
+        target = self._target
+        return sum(self._from_factor[n] if n <= target else n - target for n in numbers)
 
 
 def _moves(numbers: tuple[int, ...], largest: int) -> Iterator[tuple[_Move, tuple[int, ...]]]:

@@ -27,13 +27,13 @@ class Nested:
         "number, up to three sums deep: What is ((12 * 3 + 45 * 6) * 7 + 81 * 4) * 5 + (78 * 9 + 23 * 4) * 5?"
     )
 
-    depths: Sequence[float] = (0, 40, 60)
+    depths: Sequence[float] = (0, 50, 50)
     """How often the sums are 1, 2, 3, ... deep."""
     terms: tuple[int, int] = (2, 3)
     """Fewest and most terms of a sum."""
     digits: tuple[int, int] = (1, 2)
     """Fewest and most digits of a number."""
-    deep: float = 0.3
+    deep: float = 0.5
     """How often a term is as deep as its sum allows; one of each sum always is."""
 
     def sample(self, rng: random.Random) -> Problem:
