@@ -339,7 +339,7 @@ async def test_what_a_caller_states_reaches_the_server() -> None:
     async with opened(sglang) as engine:
         with affinity("run-7", cache_salt="tenant-a"):
             await call(engine)
-        assert (sglang.seen[0].body["routing_key"], sglang.seen[0].body["cache_salt"]) == ("run-7", "tenant-a")
+        assert (sglang.seen[0].body["routing_key"], sglang.seen[0].body["extra_key"]) == ("run-7", "tenant-a")
 
 
 @only_on_asyncio

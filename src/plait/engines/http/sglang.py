@@ -52,7 +52,8 @@ class Sglang:
             "routing_key": call.key,
         }
         if call.cache_salt is not None:
-            body["cache_salt"] = call.cache_salt
+            # `cache_salt` is a field of its OpenAI routes, which put it in here; this route ignores it in most versions.
+            body["extra_key"] = call.cache_salt
         return body
 
     def read(self, event: Json, num_seen: int) -> Piece:
