@@ -52,7 +52,7 @@ class Sglang:
             "routing_key": call.key,
         }
         if call.cache_salt is not None:
-            # `cache_salt` is a field of its OpenAI routes, which put it in here; this route ignores it in most versions.
+            # Its OpenAI routes put their `cache_salt` in here; most versions of this one know no other name.
             body["extra_key"] = call.cache_salt
         return body
 
