@@ -38,6 +38,8 @@ class Countdown:
     """How often there are 1, 2, 3, ... numbers; at least 2."""
     up_to: int = MAX_NUMBER
     """The largest number."""
+    reports: bool = True
+    """Whether a thread that finds a solution ends in the answer as it will be given, for the parent to copy."""
 
     def sample(self, rng: random.Random) -> Problem:
         (count,) = rng.choices(range(1, len(self.numbers) + 1), self.numbers)
@@ -112,7 +114,7 @@ class Countdown:
 
     def within(self, problem: Problem, max_threads: int | None, *, plait: bool) -> Trajectory:
         """In the plait format its threads race, and return the equations that they found."""
-        trace = self.parallel(problem)
+        trace = self.parallel(problem) if not plait else replace(self, reports=False).parallel(problem)
         block = trace[0]
         assert isinstance(block, Block), "a solution begins with its block"
         if max_threads is not None and len(block.threads) > max_threads:
@@ -143,6 +145,8 @@ class Countdown:
 
     def parallel(self, problem: Problem) -> Trajectory:
         labels, threads = self._threads(problem)
+        if self.reports:
+            threads = [t if v == "none" else f"{t}={v}" for t, (_, v) in zip(threads, self.told(problem), strict=True)]
         block = Block(outlines=tuple(labels), threads=tuple((t,) for t in threads))
         return (block, *answer(problem.answer))
 
