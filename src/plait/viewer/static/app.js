@@ -2,8 +2,9 @@
 
 const KEYS = [
   ['1 2 3', 'axis: time, steps, positions'], ['arrows', 'threads and tokens'], ['w s', 'zoom in and out'], ['a d', 'move'],
-  ['0', 'show all'], ['f', 'fold the lane'], ['p', 'pack the lanes'], ['Enter', 'fold the text'], ['space', 'replay'], ['h', 'shade doubt'], ['g', 'hide tags'],
-  ['[ ]', 'run before, run after'], ['r', 'race'], ['l', 'list of runs'], ['/', 'filter, or ask'], ['t', 'dark or light'], ['Esc', 'let go'],
+  ['0', 'show all'], ['f', 'fold the lane'], ['p', 'pack the lanes'], ['Enter', 'fold the text'], ['space', 'replay'],
+  ['h', 'shade doubt'], ['g', 'hide tags'], ['[ ]', 'run before, run after'], ['r', 'race'], ['l', 'list of runs'],
+  ['/', 'filter, or ask'], ['t', 'dark or light'], ['Esc', 'let go'],
 ];
 
 class App {
@@ -16,9 +17,10 @@ class App {
     this.view = null;
     this.tabs = el('nav', { 'aria-label': 'Views' });
     this.main = el('main', {});
-    this.help = el('dialog', { class: 'help', onclick: () => this.help.close() },
-      el('h2', {}, 'Keys'), el('dl', {}, KEYS.map(([key, what]) => el('div', {}, el('dt', {}, el('kbd', {}, key)), el('dd', {}, what)))));
-    this.live = live ? new AskView({ keep: (run) => this._keep(run), trace: (run) => new TraceView(run, { watched: true }) }) : null;
+    const key = ([name, what]) => el('div', {}, el('dt', {}, el('kbd', {}, name)), el('dd', {}, what));
+    this.help = el('dialog', { class: 'help', onclick: () => this.help.close() }, el('h2', {}, 'Keys'), el('dl', {}, KEYS.map(key)));
+    const trace = (run) => new TraceView(run, { watched: true });
+    this.live = live ? new AskView({ keep: (run) => this._keep(run), trace }) : null;
     const tip = el('div', { class: 'tip floating', role: 'tooltip', hidden: true });
     document.getElementById('app').append(
       el('header', { class: 'top' },
@@ -40,7 +42,8 @@ class App {
   _row(about, i) {
     const usage = about.usage || {};
     return {
-      run: i, question: about.meta.question || about.name, family: about.meta.family || '', model: String(about.meta.model || '').split('@')[0],
+      run: i, question: about.meta.question || about.name, family: about.meta.family || '',
+      model: String(about.meta.model || '').split('@')[0],
       answer: about.answer, right: about.right, threads: usage.threads || 0, total_tokens: usage.sampled_tokens || 0,
       critical_path_tokens: usage.critical_path_tokens || 0, wall_s: about.wall_s, stop: about.stop,
     };
@@ -53,7 +56,8 @@ class App {
 
   _keep(run) {
     const i = this.abouts.length;
-    const about = { meta: run.meta, name: run.name, usage: run.usage, answer: run.answer, right: run.right, wall_s: run.wall, stop: run.stop };
+    const { meta, name, usage, answer, right, wall, stop } = run;
+    const about = { meta, name, usage, answer, right, wall_s: wall, stop };
     this.abouts.push(about);
     this.runs.set(i, run);
     this.rows.unshift(this._row(about, i));
@@ -103,7 +107,8 @@ class App {
   }
 
   _race(i, j) {
-    const options = (chosen) => this.abouts.slice(0, 500).map((about, k) => el('option', { value: k, selected: k === chosen }, `${cut(about.meta.question || about.name, 40)} (${String(about.meta.model || about.name).split('@')[0]})`));
+    const title = ({ meta, name }) => `${cut(String(meta.question || name), 40)} (${String(meta.model || name).split('@')[0]})`;
+    const options = (chosen) => this.abouts.slice(0, 500).map((about, k) => el('option', { value: k, selected: k === chosen }, title(about)));
     const left = el('select', { 'aria-label': 'First run', onchange: () => this.go(`race=${left.value},${j}`) }, options(i));
     const right = el('select', { 'aria-label': 'Second run', onchange: () => this.go(`race=${i},${right.value}`) }, options(j));
     const choose = this.abouts.length > 2 ? el('span', { class: 'choose' }, left, right) : null;
@@ -114,7 +119,7 @@ class App {
     const { name, numbers } = this.at, tabs = [];
     const tab = (title, hash, on) => tabs.push(el('a', { href: `#${hash}`, 'aria-current': on ? 'page' : undefined }, title));
     if (this.live) tab('Ask', 'ask', name === 'ask');
-    if (this.rows.length > 1 || (this.live && this.rows.length)) tab(`Runs ${this.rows.length.toLocaleString('en')}`, 'runs', name === 'runs');
+    if (this.rows.length > (this.live ? 0 : 1)) tab(`Runs ${big(this.rows.length)}`, 'runs', name === 'runs');
     const at = numbers[0] ?? 0;
     if (this.abouts.length && !(this.live && name === 'ask')) tab('Trace', `trace=${at}`, name === 'trace');
     const pair = this._pair(at, numbers);
@@ -171,7 +176,8 @@ function remembered() {
 
 function mark() {
   return svg('svg', { viewBox: '0 0 32 32', 'aria-hidden': 'true' },
-    svg('path', { d: 'M3 16h5c7 0 7-9 14-9h7' }), svg('path', { d: 'M3 16h5c7 0 7 9 14 9h7' }), svg('path', { class: 'lead', d: 'M3 16h26' }));
+    svg('path', { d: 'M3 16h5c7 0 7-9 14-9h7' }), svg('path', { d: 'M3 16h5c7 0 7 9 14 9h7' }),
+    svg('path', { class: 'lead', d: 'M3 16h26' }));
 }
 
 new App(JSON.parse(document.getElementById('data').textContent));

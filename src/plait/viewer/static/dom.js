@@ -12,6 +12,11 @@ function el(tag, props = {}, ...children) {
   return node;
 }
 
+// A button; one that stays pressed says so.
+const button = (kind, name, title, onclick) => el('button', { class: kind, title, onclick }, name);
+
+const press = (node, on) => node.setAttribute('aria-pressed', String(on));
+
 // A name whose meaning is shown to whoever points at it, or moves to it by keys.
 const hinted = (tag, name, hint) => el(tag, {}, el('span', { class: 'hint', tabindex: 0, 'data-hint': hint }, name));
 

@@ -121,7 +121,8 @@ class Lanes extends Plane {
       const until = this.clock !== null && this.axis === 'time' ? this.x(this.clock) : this.width;
       clipped(c, this.gutter - 6, RULER, Math.max(0, until - this.gutter + 6), this.height, () => {
         const strands = threads.flatMap((thread) => this._strands(thread));
-        for (const critical of [false, true]) for (const strand of strands) if (strand.critical === critical) this._strand(c, strand);
+        strands.sort((a, b) => a.critical - b.critical);
+        for (const strand of strands) this._strand(c, strand);
         for (let i = first; i < last; i++) this._bars(c, rows[i]);
       });
       for (let i = first; i < last; i++) this._name(c, rows[i], i);
@@ -185,7 +186,7 @@ class Lanes extends Plane {
       c.fillRect(x - 0.5, RULER - 4, 1, this.height);
       c.globalAlpha = 1;
       c.fillStyle = palette.dim;
-      c.fillText(this.axis === 'time' ? seconds(tick) : tick.toLocaleString('en'), clamp(this.gutter + 8, x, this.width - 22), 10);
+      c.fillText(this.axis === 'time' ? seconds(tick) : big(tick), clamp(this.gutter + 8, x, this.width - 22), 10);
     }
     c.textAlign = 'left';
     c.fillText(this.axis, 2, 10);
@@ -214,7 +215,8 @@ class Lanes extends Plane {
     }
     x += 12;
     const label = alone ? this.run.label(thread) : '', room = this.gutter - x - 12;
-    const here = !thread.up ? 'root' : alone || !this.packed ? String(this.run.number(thread)) : `\u00d7${row.threads.length.toLocaleString('en')}`;
+    const number = alone || !this.packed ? String(this.run.number(thread)) : `\u00d7${big(row.threads.length)}`;
+    const here = thread.up ? number : 'root';
     c.font = `${size}px ${palette.sans}`;
     c.fillText(here, x, y + 0.5);
     const used = c.measureText(here).width + 6;
@@ -245,7 +247,9 @@ class Lanes extends Plane {
   _strands(thread) {
     const y = this._middle(thread), own = thread.segments, { run } = this, out = [];
     if (y === null || !this.began(own[0])) return out;
-    const wait = (from, to, quiet) => { if (to - from > 3) out.push({ from: [from, y], to: [to, y], wait: true, quiet, critical: false, of: own[0] }); };
+    const wait = (from, to, quiet) => {
+      if (to - from > 3) out.push({ from: [from, y], to: [to, y], wait: true, quiet, critical: false, of: own[0] });
+    };
     for (const s of own) {
       const parent = s.parent === null ? null : run.segments.get(s.parent), [start] = this.bar(s);
       if (!parent || (start < this.gutter - 40 && this.bar(s)[1] < this.gutter - 40)) continue;
@@ -269,7 +273,8 @@ class Lanes extends Plane {
     }
     wait(end, until, true);
     // A live run: what this thread waits for is not known yet, only that it waits.
-    if (!run.finished && this.clock !== null && last.stop === 'stop' && until === end) wait(end, this.x(this.clock), Boolean(thread.up && !last.forks));
+    const waits = !run.finished && this.clock !== null && last.stop === 'stop' && until === end;
+    if (waits) wait(end, this.x(this.clock), Boolean(thread.up && !last.forks));
     return out;
   }
 

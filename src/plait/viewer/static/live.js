@@ -58,6 +58,7 @@ function parseFrame(frame) {
   return { name, data: data.join('\n') };
 }
 
+const ABOUT = 'It splits a question where the parts do not need each other, works on them side by side, and joins what they found.';
 const EXAMPLES = ['What is 347 * 526?', 'What is 347 * 52, 88 + 977 and 612 * 34?', 'What is 34 * 27 + 58 * 16?'];
 
 class AskView {
@@ -79,10 +80,10 @@ class AskView {
     this.under = el('div', { class: 'under' });
     this.node = el('div', { class: 'ask idle' },
       el('header', { class: 'hero' }, splitting(), el('h1', {}, 'Watch a model think in parallel'),
-        el('p', { class: 'sentence' }, 'It splits a question where the parts do not need each other, works on them side by side, and joins what they found.')),
+        el('p', { class: 'sentence' }, ABOUT)),
       el('form', { onsubmit: (e) => { e.preventDefault(); this.run(); } }, this.box, this.model, this.go, this.stop),
       el('div', { class: 'tools' }, this.raceLabel,
-        el('span', { class: 'examples' }, EXAMPLES.map((q) => el('button', { class: 'chip', onclick: () => { this.box.value = q; this.run(); } }, q)))),
+        el('span', { class: 'examples' }, EXAMPLES.map((q) => button('chip', q, 'Ask this', () => { this.box.value = q; this.run(); })))),
       this.error, this.under);
     this._models();
     this._recent();
@@ -93,9 +94,11 @@ class AskView {
     let runs = [];
     try { runs = (await (await fetch('/plait/runs')).json()).data || []; } catch { /* nothing to list */ }
     if (!runs.length || this.view) return;
-    this.under.replaceChildren(el('div', { class: 'recent' }, el('h3', {}, 'Recent runs'), runs.slice(0, 12).map((r) => el('button', {
-      onclick: () => this._read([r.model], (i, abort, on) => stream(`/plait/runs/${encodeURIComponent(r.id)}/events`, { signal: abort.signal }, on)),
-    }, el('span', {}, r.question || r.id), el('small', {}, r.model, r.usage ? `, ${count(r.usage.threads, 'thread')}` : '', r.done ? '' : ', running')))));
+    const open = (r) => this._read([r.model], (i, abort, on) =>
+      stream(`/plait/runs/${encodeURIComponent(r.id)}/events`, { signal: abort.signal }, on));
+    const about = (r) => [r.model, r.usage ? count(r.usage.threads, 'thread') : '', r.done ? '' : 'running'].filter(Boolean).join(', ');
+    this.under.replaceChildren(el('div', { class: 'recent' }, el('h3', {}, 'Recent runs'), runs.slice(0, 12).map((r) =>
+      el('button', { onclick: () => open(r) }, el('span', {}, r.question || r.id), el('small', {}, about(r))))));
   }
 
   async _models() {
@@ -103,7 +106,8 @@ class AskView {
       const reply = await fetch('/v1/models');
       this.models = (await reply.json()).data || [];
     } catch { this.models = []; }
-    this.model.replaceChildren(...this.models.map((m) => el('option', { value: m.id, selected: Boolean(m.plait && m.plait.default) }, m.id)));
+    const usual = (m) => Boolean(m.plait && m.plait.default);
+    this.model.replaceChildren(...this.models.map((m) => el('option', { value: m.id, selected: usual(m) }, m.id)));
     this.model.hidden = this.models.length < 2;
     this._twin();
   }

@@ -26,10 +26,9 @@ class Player {
   }
 
   _paces() {
-    const calm = this.calm(), options = [[calm, calm < 0.99 ? `${fold(1 / calm)}x slower` : calm > 1.01 ? `${fold(calm)}x faster` : 'as it was']];
-    if (Math.abs(calm - 1) > 0.02) options.push([1, 'as it was']);
-    options.push([calm / 4, `${fold(4 / calm)}x slower`]);
-    this.pace.replaceChildren(...options.map(([rate, name]) => el('option', { value: rate }, name)));
+    const name = (rate) => (rate < 0.99 ? `${fold(1 / rate)}x slower` : rate > 1.01 ? `${fold(rate)}x faster` : 'as it was');
+    const rates = new Set([this.calm(), 1, this.calm() / 4]);
+    this.pace.replaceChildren(...[...rates].map((rate) => el('option', { value: rate }, name(rate))));
   }
 
   setEnd(end) {
@@ -83,6 +82,9 @@ class Player {
 
   close() { this.pause(); }
 }
+
+// How much faster what takes `y` is than what takes `x`.
+const ratio = (x, y) => (x >= y ? `${(x / Math.max(y, 1e-9)).toFixed(2)}x faster` : `${(y / Math.max(x, 1e-9)).toFixed(2)}x slower`);
 
 const fold = (x) => (x >= 10 ? x.toFixed(0) : x.toFixed(1));
 
@@ -162,11 +164,11 @@ class RaceView {
     if (a.question !== b.question) return 'Two different questions: the clocks run together, the times do not compare.';
     if (!a.finished || !b.finished) return 'The same question on two models, on one clock.';
     if (clock !== null && clock < this.horizon) return 'The same question on two models, each as fast as it was.';
-    const said = (run) => `${run.model || run.name} needed ${seconds(run.wall)}${run.usage ? ` and ${count(run.usage.critical_path_tokens, 'step')}` : ''}`;
-    const ratio = (x, y) => (x >= y ? `${(x / Math.max(y, 1e-9)).toFixed(2)}x faster` : `${(y / Math.max(x, 1e-9)).toFixed(2)}x slower`);
-    const steps = a.usage && b.usage ? `, ${ratio(b.usage.critical_path_tokens, a.usage.critical_path_tokens)} in steps` : '';
+    const steps = (run) => run.usage && run.usage.critical_path_tokens;
+    const said = (run) => `${run.model || run.name} needed ${seconds(run.wall)}${run.usage ? ` and ${count(steps(run), 'step')}` : ''}`;
+    const fewer = a.usage && b.usage ? `, ${ratio(steps(b), steps(a))} in steps` : '';
     const how = this.together ? ' Both ran at the same time on one server.' : '';
-    return `${said(a)}, ${said(b)}: ${ratio(b.wall, a.wall)} in time${steps}.${how}`;
+    return `${said(a)}, ${said(b)}: ${ratio(b.wall, a.wall)} in time${fewer}.${how}`;
   }
 
   // Runs that go on: new events were folded in.

@@ -152,7 +152,8 @@ class Reading {
     for (let i = item.shown; i < n; i++) item.spans[i].hidden = false;
     item.shown = n;
     item.node.hidden = this.clock !== null && segment.t[0] > this.clock;
-    item.node.classList.toggle('working', this.clock === null ? !this.run.finished && !segment.stop : segment.t[0] <= this.clock && this.clock < segment.t[1]);
+    const working = this.clock === null ? !this.run.finished && !segment.stop : segment.t[0] <= this.clock && this.clock < segment.t[1];
+    item.node.classList.toggle('working', working);
   }
 
   select(segment, token, seen) {
@@ -202,7 +203,8 @@ class Reading {
 // What is known of a token, or of a segment where none is chosen.
 function inspector(run, segment, token, seen, pick) {
   if (!segment) {
-    return el('div', { class: 'inspector empty' }, el('p', {}, 'Choose a token: who wrote it, how sure the model was, and what it can see.'));
+    const what = 'Choose a token: who wrote it, how sure the model was, and what it can see.';
+    return el('div', { class: 'inspector empty' }, el('p', {}, what));
   }
   const thread = run.threads.get(segment.thread), rows = [];
   const row = (name, ...value) => rows.push(el('div', { class: 'fact' }, el('dt', {}, name), el('dd', {}, ...value)));
@@ -233,8 +235,8 @@ function inspector(run, segment, token, seen, pick) {
 function tokenHead(run, segment, token) {
   const id = segment.token(token), p = segment.logprob(token);
   const shown = run.text(id).replace(/\n/g, '\u21b5').replace(/ /g, '\u2423') || '(empty)';
-  const who = el('div', { class: 'who' }, el('p', {}, segment.inserted(token) ? 'inserted by the runtime' : 'sampled by the model',
-    el('small', {}, `id ${id}`)));
+  const by = segment.inserted(token) ? 'inserted by the runtime' : 'sampled by the model';
+  const who = el('div', { class: 'who' }, el('p', {}, by, el('small', {}, `id ${id}`)));
   if (p !== null) who.append(run.weighed ? chance(p) : el('p', { class: 'dim' }, 'probabilities were not logged'));
   return el('div', { class: 'about' }, el('div', { class: 'token' }, shown), who);
 }

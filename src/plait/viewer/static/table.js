@@ -5,12 +5,18 @@ const ROW = 34;
 const COLUMNS = [
   { key: 'question', name: 'Question', wide: true, about: 'What was asked' },
   { key: 'model', name: 'Model', about: 'The weights that answered' },
-  { key: 'right', name: 'Right', about: 'Whether the answer is known to be right', show: (r) => (r.right === null || r.right === undefined ? '' : r.right ? '\u2713' : '\u2717') },
+  { key: 'right', name: 'Right', about: 'Whether the answer is known to be right', show: (r) => ({ true: '\u2713', false: '\u2717' })[r.right] || '' },
   { key: 'answer', name: 'Answer', about: 'What the run answered' },
   { key: 'threads', name: 'Threads', number: true, about: 'Parts that were worked on side by side' },
   { key: 'total_tokens', name: 'Tokens', number: true, about: 'All that were sampled, in all threads' },
-  { key: 'critical_path_tokens', name: 'Critical path', number: true, about: 'The longest chain of tokens that wait for each other; the bar is its share of all tokens' },
-  { key: 'wall_s', name: 'Time', number: true, about: 'Seconds on the machine it ran on', show: (r) => (r.wall_s === null ? '' : seconds(r.wall_s)) },
+  {
+    key: 'critical_path_tokens', name: 'Critical path', number: true,
+    about: 'The longest chain of tokens that wait for each other; the bar is its share of all tokens',
+  },
+  {
+    key: 'wall_s', name: 'Time', number: true, about: 'On the machine it ran on',
+    show: (r) => (r.wall_s === null ? '' : seconds(r.wall_s)),
+  },
   { key: 'stop', name: 'Ended', about: 'Why the run ended', show: (r) => STOPS[r.stop] || r.stop || 'cut off' },
 ];
 
@@ -74,7 +80,7 @@ class RunTable {
     }
     this.note.textContent = this.shown.length === this.rows.length ? '' : `${this.shown.length} of ${this.rows.length}`;
     this.head.replaceChildren(...COLUMNS.map((column) => el('button', {
-      class: `td${column.wide ? ' wide' : ''}${column.number ? ' number' : ''}`, role: 'columnheader', 'data-hint': column.about,
+      class: cellKind(column), role: 'columnheader', 'data-hint': column.about,
       onclick: () => {
         this.sort = { key: column.key, down: key === column.key ? !down : Boolean(column.number) };
         this.update();
@@ -101,16 +107,15 @@ class RunTable {
       node.style.top = `${i * ROW}px`;
       nodes.push(node);
     }
-    this.space.replaceChildren(...nodes, this.shown.length ? '' : el('p', { class: 'none' }, this.rows.length ? 'No run is like that.' : 'No run yet.'));
+    const none = this.rows.length ? 'No run is like that.' : 'No run yet.';
+    this.space.replaceChildren(...nodes, this.shown.length ? '' : el('p', { class: 'none' }, none));
   }
 
   _cell(column, r, most) {
     const value = column.show ? column.show(r) : r[column.key];
     const shown = typeof value === 'number' ? value.toLocaleString('en') : value ?? '';
-    const node = el('span', {
-      class: `td${column.wide ? ' wide' : ''}${column.number ? ' number' : ''}${column.key === 'right' ? (r.right ? ' good' : ' bad') : ''}`,
-      role: 'gridcell',
-    }, String(shown));
+    const grade = column.key === 'right' ? (r.right ? ' good' : ' bad') : '';
+    const node = el('span', { class: `${cellKind(column)}${grade}`, role: 'gridcell' }, String(shown));
     if (column.wide) node.prepend(modelMark(this.models.indexOf(r.model)));
     if (column.key === 'critical_path_tokens') {
       const bar = el('i', { class: 'spark' }, el('i', {}));
@@ -138,6 +143,8 @@ class RunTable {
   close() { this.observer.disconnect(); }
 }
 
+const cellKind = ({ wide, number }) => `td${wide ? ' wide' : ''}${number ? ' number' : ''}`;
+
 // Accuracy against critical path: a mark for each model and family, lines between models on the same family.
 // Where nothing is known to be right or wrong: all tokens against critical path, a mark for each run.
 function scatter(rows, groups, { models, open, filter }) {
@@ -152,7 +159,7 @@ function scatter(rows, groups, { models, open, filter }) {
   const ceiling = known ? 1 : Math.max(...points.map((p) => p.y)) * 1.05 || 1;
   const x = (v) => L + v / most * (W - L - R), y = (v) => H - B - (v - floor) / (ceiling - floor) * (H - T - B);
   const tip = el('div', { class: 'tip', hidden: true });
-  const art = svg('svg', { viewBox: `0 0 ${W} ${H}`, role: 'img', 'aria-label': known ? 'Accuracy against critical path' : 'Tokens against critical path' });
+  const art = svg('svg', { viewBox: `0 0 ${W} ${H}`, role: 'img', 'aria-label': `${known ? 'Accuracy' : 'Tokens'} against critical path` });
   const text = (at, down, content, anchor = 'middle') => {
     const node = svg('text', { x: at, y: down, 'text-anchor': anchor });
     node.append(content);
@@ -170,7 +177,9 @@ function scatter(rows, groups, { models, open, filter }) {
   if (known) {
     for (const family of new Set(groups.map((g) => g.family))) {
       const pair = points.filter((p) => p.of.family === family);
-      if (pair.length === 2) art.append(svg('line', { class: 'pair', x1: x(pair[0].x), y1: y(pair[0].y), x2: x(pair[1].x), y2: y(pair[1].y) }));
+      if (pair.length !== 2) continue;
+      const [a, b] = pair;
+      art.append(svg('line', { class: 'pair', x1: x(a.x), y1: y(a.y), x2: x(b.x), y2: y(b.y) }));
     }
   }
   for (const p of points) {
@@ -197,19 +206,20 @@ function scatter(rows, groups, { models, open, filter }) {
     });
     art.append(mark);
   }
-  const key = el('div', { class: 'key' }, models.slice(0, 4).map((model, i) => el('span', {}, modelMark(i), model || 'unknown model')));
+  const named = models.slice(0, 4).map((model, i) => [model, model || 'unknown model', i]);
+  const key = el('div', { class: 'key' }, named.map(([, name, i]) => el('span', {}, modelMark(i), name)));
   return el('div', { class: 'overview' },
     el('figure', { class: 'scatter' }, key, el('div', { class: 'plot' }, art, tip)),
-    known ? el('dl', { class: 'totals' }, models.slice(0, 4).map((model, i) => totals(model, groups.filter((g) => g.model === model), i))) : null);
+    known && el('dl', { class: 'totals' }, named.map(([model, name, i]) => totals(name, groups.filter((g) => g.model === model), i))));
 }
 
 // The mark of a model in the plot, its key and the table.
 const modelMark = (i) => el('i', { class: `model m${Math.min(i, 3)} ${i % 2 ? 'square' : 'dot'}` });
 
 // A model over all its families.
-function totals(model, groups, i) {
+function totals(name, groups, i) {
   const n = groups.reduce((sum, g) => sum + g.n, 0), mean = (key) => groups.reduce((sum, g) => sum + g.n * g[key], 0) / n;
-  return el('div', {}, el('dt', { class: `m${i}` }, model || 'unknown model'),
+  return el('div', {}, el('dt', { class: `m${i}` }, name),
     el('dd', {}, el('b', {}, `${(100 * mean('accuracy')).toFixed(1)} %`), ` right of ${n.toLocaleString('en')}`),
     el('dd', {}, el('b', {}, mean('critical_path_tokens').toFixed(0)), ` of ${mean('total_tokens').toFixed(0)} tokens on the critical path`));
 }

@@ -1,5 +1,19 @@
 // One run: its lanes, its text beside them, and what is known of the token or the thread that was chosen.
 
+const HINTS = {
+  Answer: 'What the run answers; a tick where it is known to be right.',
+  Time: 'From the start of the run to its last event, on the clock of the machine it ran on.',
+  'Critical path': 'The longest chain of tokens that wait for each other, of all that were sampled: the steps of an engine with room for every thread.',
+  Threads: 'Parts of the work that were done side by side.',
+  'Longest context': 'The most tokens that one thread had before it.',
+  'Read again': 'Tokens that were given to a parent once more at joins.',
+  Ended: 'Why the run ended.',
+  Model: 'The weights that wrote the text.',
+  Format: 'How the model says where to fork and what is joined.',
+  Engine: 'What computed the tokens.',
+};
+const ABOUT_TEXT = 'Every token, in the order it is read. Dotted: inserted by the runtime. In frames: tags that fork and join.';
+
 class TraceView {
   // watched: the run was just seen live, so it stays on the axis of time and does not unfold once more
   constructor(run, { others = [], race = null, watched = false } = {}) {
@@ -9,16 +23,21 @@ class TraceView {
     const pick = (segment, token) => this.pick(segment, token);
     this.reading = new Reading(run, { pick });
     this.side = el('aside', {});
-    this.lanes = new Lanes(run, { pick, hover: (hit, x, y) => this._tip(hit, x, y) }, watched ? { axis: 'time', settled: true } : {});
+    const on = { pick, hover: (hit, x, y) => this._tip(hit, x, y) };
+    this.lanes = new Lanes(run, on, watched ? { axis: 'time', settled: true } : {});
     this.player = new Player(run.wall || 1e-3, (clock) => this.seek(clock));
     this.axes = el('div', { class: 'segmented', role: 'radiogroup', 'aria-label': 'Axis' },
       Object.entries(AXES).map(([key, axis], i) => el('button', {
         role: 'radio', 'data-axis': key, title: `${axis.about} (${i + 1})`, onclick: () => this.setAxis(key),
       }, axis.name)));
-    this.heat = el('button', { class: 'toggle', 'aria-pressed': 'false', title: 'Shade tokens that the model was unsure of (h)', onclick: () => this._heat() }, 'Doubt');
-    this.tags = el('button', { class: 'link', 'aria-pressed': 'false', title: 'Leave out tags that fork and join (g)', onclick: () => this._plain() }, 'hide tags');
-    this.pack = run.threads.size > 4 ? el('button', { class: 'toggle fit', title: 'Threads that follow each other share lanes (p)', onclick: () => this.lanes.pack(!this.lanes.packed) }, 'Pack') : null;
-    const twins = others.map((other) => el('button', { class: 'toggle', onclick: () => race(other.index) }, `Race ${other.run.model || other.run.name}`));
+    this.heat = button('toggle', 'Doubt', 'Shade tokens that the model was unsure of (h)', () => this._heat());
+    this.tags = button('link', 'hide tags', 'Leave out tags that fork and join (g)', () => this._plain());
+    const pack = button('toggle fit', 'Pack', 'Threads that follow each other share lanes (p)', () => this.lanes.pack(!this.lanes.packed));
+    const log = el('a', {
+      class: 'toggle', href: `/plait/runs/${run.id}/log`, download: `${run.id}.jsonl`, title: 'The log: plait view reads it',
+    }, 'Log');
+    const twins = others.slice(0, 2).map((other) => button('toggle', `Race ${other.run.model || other.run.name}`, 'Both on one clock (r)',
+      () => race(other.index)));
     this.title = el('h1', {});
     this.sentence = el('p', { class: 'sentence', role: 'status' });
     this.stats = el('dl', { class: 'stats' });
@@ -26,16 +45,14 @@ class TraceView {
     this.legend = el('div', { class: 'legend' });
     this.node = el('div', { class: 'trace' },
       this.title, this.sentence, this.stats,
-      el('div', { class: 'tools' }, this.axes, this.player.node, el('span', { class: 'gap' }), twins.slice(0, 2), this.heat,
-        run.id ? el('a', { class: 'toggle', href: `/plait/runs/${run.id}/log`, download: `${run.id}.jsonl`, title: 'The log: plait view reads it' }, 'Log') : null,
-        this.pack, el('button', { class: 'toggle fit', title: 'Show all of it (0)', onclick: () => this.lanes.fit() }, 'Fit')),
+      el('div', { class: 'tools' }, this.axes, this.player.node, el('span', { class: 'gap' }), twins, this.heat,
+        run.id && log, run.threads.size > 4 && pack, button('toggle fit', 'Fit', 'Show all of it (0)', () => this.lanes.fit())),
       el('div', { class: 'columns' },
         el('div', { class: 'drawn' }, this.stage, this.meaning, this.legend, this.side),
         el('section', { class: 'textual', 'aria-label': 'Text' },
-          el('div', { class: 'bar' }, hinted('h3', 'Text', 'Every token, in the order it is read. Dotted: inserted by the runtime. In frames: tags that fork and join.'),
-            this.tags,
-            el('button', { class: 'link', onclick: () => this.reading.foldAll(true) }, 'fold all'),
-            el('button', { class: 'link', onclick: () => this.reading.foldAll(false) }, 'unfold')),
+          el('div', { class: 'bar' }, hinted('h3', 'Text', ABOUT_TEXT), this.tags,
+            button('link', 'fold all', 'Only the names of threads', () => this.reading.foldAll(true)),
+            button('link', 'unfold', 'All that they wrote', () => this.reading.foldAll(false))),
           this.reading.node)),
       this.hover);
     this.head();
@@ -46,24 +63,26 @@ class TraceView {
 
   head() {
     const { run } = this, usage = run.usage, stats = [];
-    const stat = (name, value, hint, kind) => stats.push(el('div', { class: kind }, hinted('dt', name, hint), el('dd', {}, value)));
+    const stat = (name, value, kind, hint = HINTS[name]) => stats.push(
+      el('div', { class: kind }, hinted('dt', name, hint), el('dd', {}, value)));
     this.title.textContent = run.question;
     this.sentence.textContent = sentence(run);
     if (run.answer !== null) {
-      stat('Answer', run.right === null ? run.answer : `${run.answer} ${run.right ? '\u2713' : '\u2717'}`, 'What the run answers; a tick where it is known to be right.', run.right === false ? 'bad' : 'lead');
+      const grade = run.right === null ? '' : run.right ? ' \u2713' : ' \u2717';
+      stat('Answer', `${run.answer}${grade}`, run.right === false ? 'bad' : 'lead');
     }
-    stat('Time', seconds(run.wall), 'From the start of the run to its last event, on the clock of the machine it ran on.');
+    stat('Time', seconds(run.wall));
     if (usage) {
-      stat('Critical path', `${big(usage.critical_path_tokens)} of ${big(usage.sampled_tokens)}`, 'The longest chain of tokens that wait for each other, of all that were sampled. No engine can be done in fewer steps.');
-      stat('Threads', usage.threads ? `${usage.threads} in ${count(usage.forks, 'fork')}` : 'none', 'Parts of the work that were done side by side.');
-      stat('Longest context', big(usage.longest_context_tokens), 'The most tokens that one thread had before it.');
-      if (usage.reread_tokens) stat('Read again', big(usage.reread_tokens), 'Tokens that were given to a parent once more at joins.');
+      stat('Critical path', `${big(usage.critical_path_tokens)} of ${big(usage.sampled_tokens)}`);
+      stat('Threads', usage.threads ? `${usage.threads} in ${count(usage.forks, 'fork')}` : 'none');
+      stat('Longest context', big(usage.longest_context_tokens));
+      if (usage.reread_tokens) stat('Read again', big(usage.reread_tokens));
     }
-    stat('Ended', run.stop ? STOPS[run.stop] || run.stop : run.cut ? 'cut off' : 'at work', run.note || run.cut || 'Why the run ended.', (run.stop && run.stop !== 'eos') || run.cut ? 'bad' : '');
-    const hints = { model: 'The weights that wrote the text.', format: 'How the model says where to fork and what is joined.', engine: 'What computed the tokens.' };
-    for (const [key, hint] of Object.entries(hints)) {
-      const value = String(run.meta[key] ?? '').split('@')[0];
-      if (value) stat(key[0].toUpperCase() + key.slice(1), value, hint, 'quiet');
+    const ended = run.stop ? STOPS[run.stop] || run.stop : run.cut ? 'cut off' : 'at work';
+    stat('Ended', ended, run.finished && run.stop !== 'eos' ? 'bad' : '', run.note || run.cut || HINTS.Ended);
+    for (const name of ['Model', 'Format', 'Engine']) {
+      const value = String(run.meta[name.toLowerCase()] ?? '').split('@')[0];
+      if (value) stat(name, value, 'quiet');
     }
     this.stats.replaceChildren(...stats);
     this.legend.replaceChildren(...legend(run));
@@ -105,25 +124,27 @@ class TraceView {
 
   _plain() {
     const on = this.reading.node.classList.toggle('plain');
-    this.tags.setAttribute('aria-pressed', String(on));
+    press(this.tags, on);
     this.tags.textContent = on ? 'show tags' : 'hide tags';
   }
 
   _heat() {
     const on = this.reading.node.classList.toggle('heat');
-    this.heat.setAttribute('aria-pressed', String(on));
+    press(this.heat, on);
   }
 
   _tip(hit, x, y) {
     this.hover.hidden = !hit || !hit.segment;
     if (this.hover.hidden) return;
     const { segment: s, token } = hit, run = this.run, thread = run.threads.get(s.thread);
-    const lines = [el('b', {}, thread.up ? `${run.title(thread)}  ${cut(run.label(thread), 80)}` : 'root', el('small', {}, s.id))];
+    const name = thread.up ? `${run.title(thread)}  ${cut(run.label(thread), 80)}` : 'root';
+    const lines = [el('b', {}, name, el('small', {}, s.id))];
     lines.push(el('span', {}, `${count(s.sampled.length, 'token')} in ${seconds(s.t[1] - s.t[0])}`));
     if (s.joins.length) lines.push(el('span', {}, `joins ${count(s.joins.length, 'thread')} by ${s.join}`));
     if (s.note || BROKEN.has(s.stop)) lines.push(el('span', { class: BROKEN.has(s.stop) ? 'bad' : 'dim' }, s.note || STOPS[s.stop]));
     if (token !== null && token !== undefined) {
-      lines.push(el('span', { class: 'dim' }, `${s.inserted(token) ? 'inserted' : 'sampled'}: `, el('code', {}, run.text(s.token(token)))));
+      const who = s.inserted(token) ? 'inserted: ' : 'sampled: ';
+      lines.push(el('span', { class: 'dim' }, who, el('code', {}, run.text(s.token(token)))));
     }
     this.hover.replaceChildren(...lines);
     this.hover.style.left = `${Math.min(x + 14, window.innerWidth - 270)}px`;
@@ -176,7 +197,8 @@ function sentence(run) {
   if (!usage) return `${run.threads.size > 1 ? count(run.threads.size - 1, 'thread') : 'One line'} so far.`;
   if (!usage.threads) return `One line of ${count(usage.sampled_tokens, 'token')}: each waits for the one before.`;
   const times = usage.sampled_tokens / Math.max(1, usage.critical_path_tokens);
-  return `It split into ${count(usage.threads, 'thread')} side by side: ${big(usage.sampled_tokens)} tokens in ${big(usage.critical_path_tokens)} steps, ${times.toFixed(2)} at a time.`;
+  const did = `${big(usage.sampled_tokens)} tokens in ${big(usage.critical_path_tokens)} steps, ${times.toFixed(2)} at a time`;
+  return `It split into ${count(usage.threads, 'thread')} side by side: ${did}.`;
 }
 
 // What the marks mean that this run has.
