@@ -25,7 +25,7 @@ def train_sft(
     """Train, or go on with a run that was interrupted.
 
     Args:
-        config: A TOML file.
+        config: A TOML file; one with a [base] trains a model of transformers.
         out: Run folder; default `runs/` and the config's name.
         dry_run: Print the resolved config and stop.
         settings: Overrides as `section.key=value`; values are TOML, or plain text.
@@ -38,8 +38,11 @@ def train_sft(
         RequestError: Torch is missing, or the config asks for what there is not.
         ModelError: The folder holds another run.
     """
+    given = overrides(settings)
+    if _has_base(config, given):
+        return _train_pretrained(config, out=out, resume=resume, dry_run=dry_run, given=given)
     sft = _trainer("sft")
-    resolved = sft.load_config(config, overrides(settings))
+    resolved = sft.load_config(config, given)
     if dry_run:
         print(sft.to_toml(resolved), end="")
         return 0
@@ -76,6 +79,20 @@ def train_rl(
         print(rl.to_toml(resolved), end="")
         return 0
     return _ended(rl.train(resolved, out=_folder(config, out), resume=resume))
+
+
+def _has_base(config: str, given: Mapping[str, Any]) -> bool:
+    """Whether a config is of a model of transformers."""
+    return any(name.startswith("base.") for name in given) or "base" in _trainer("config").read_toml(config)
+
+
+def _train_pretrained(config: str, *, out: str | None, resume: bool, dry_run: bool, given: Mapping[str, Any]) -> int:
+    sft = _trainer("pretrained.sft")
+    resolved = sft.load_config(config, given)
+    if dry_run:
+        print(sft.to_toml(resolved), end="")
+        return 0
+    return _ended(sft.train(resolved, out=_folder(config, out), resume=resume))
 
 
 def _trainer(name: str) -> Any:

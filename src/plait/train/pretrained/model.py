@@ -1,0 +1,255 @@
+"""A causal model of transformers (Qwen3, Llama, ...) that trains on packed trees.
+
+It takes what `Decoder` takes: ids, positions, labels, `prev`, and visibility as intervals. On CUDA attention is
+FlexAttention over a block mask that those intervals make, so no T x T array exists; elsewhere SDPA with a dense mask.
+Knows nothing of trees, data and losses. Facts: transformers 5.23, peft 0.21, torch 2.13.
+
+Shapes: R rows, T slots of a row, N hidden spans, V vocabulary, W trained slots.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from plait.errors import ModelError, RequestError, nearest
+from plait.train.pretrained.tokenizer import PretrainedTokenizer
+
+try:
+    import transformers
+except ImportError as exc:
+    raise RequestError(f"models of transformers need {exc.name}, which is missing: pip install 'plait[hf]'") from exc
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseConfig:
+    """Which model is trained, and how much of it."""
+
+    path: str
+    """Folder as transformers saves it, or a name that it resolves."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights. float32 with `bf16` is mixed precision; bfloat16 halves the memory of a frozen base."""
+    bf16: bool = False
+    """Multiply in bfloat16."""
+    lora_rank: int = 0
+    """0 trains everything."""
+    lora_alpha: int = 0
+    """0 takes twice the rank."""
+    lora_targets: tuple[str, ...] = LINEAR
+    gradient_checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """auto: flex on CUDA."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("dtype", ["float32", "bfloat16"]), ("attention", ["auto", "sdpa", "flex"])):
+            if getattr(self, name) not in allowed:
+                raise nearest(str(getattr(self, name)), allowed, f"base {name}")
+        if not self.path or self.lora_rank < 0 or self.lora_alpha < 0:
+            raise RequestError("base needs a path, and lora_rank and lora_alpha of at least 0")
+
+
+class Pretrained(nn.Module):
+    """A model with its tokenizer.
+
+    Args:
+        inner: A causal model of transformers, or one that peft wrapped.
+        tokenizer: Its own.
+        flex: Whether attention is FlexAttention.
+        bf16: Whether it multiplies in bfloat16.
+    """
+
+    def __init__(self, inner: Any, tokenizer: PretrainedTokenizer, *, flex: bool = False, bf16: bool = False) -> None:
+        super().__init__()
+        self.inner, self.tokenizer, self.flex, self.bf16 = inner, tokenizer, flex, bf16
+
+    @property
+    def plain(self) -> Any:
+        """The model without peft's wrapper; its layers hold the adapters all the same."""
+        return self.inner.get_base_model() if hasattr(self.inner, "get_base_model") else self.inner
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.plain.get_decoder().layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.plain.get_input_embeddings().weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def compile_parts(self) -> None:
+        """Nothing: flex attention compiles itself."""
+
+    def biases(self, end: Tensor, hide_lo: Tensor, hide_hi: Tensor) -> Any:
+        """Visibility as this model's attention takes it: a `BlockMask`, or bool [R, 1, T, T], True where seen."""
+        mask = visible(*(t.to(self.device) for t in (end, hide_lo, hide_hi)))
+        rows, slots = end.shape
+        if self.flex:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            return create_block_mask(mask, rows, None, slots, slots, device=self.device)
+        row = torch.arange(rows, device=self.device)[:, None, None]
+        slot = torch.arange(slots, device=self.device)
+        return mask(row, None, slot[None, :, None], slot[None, None, :])[:, None]
+
+    def losses(self, token_ids: Tensor, position_ids: Tensor, labels: Tensor, prev: Tensor, biases: Any) -> Tensor:
+        """Negative log-likelihood [R, T] of each label by the logits at its `prev`, on the CPU; 0 where it is -100.
+
+        Logits are computed for the W trained slots alone: [W, V], not [R, T, V].
+        """
+        losses = self(token_ids, position_ids, labels, prev, biases)
+        return losses.cpu()
+
+    def forward(self, token_ids: Tensor, position_ids: Tensor, labels: Tensor, prev: Tensor, biases: Any) -> Tensor:
+        ids, positions, labels, prev = (t.to(self.device) for t in (token_ids, position_ids, labels, prev))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            model = self.plain
+            hidden = model.get_decoder()(
+                input_ids=ids, position_ids=positions, attention_mask=biases, use_cache=False
+            ).last_hidden_state
+            row, slot = torch.nonzero(labels >= 0, as_tuple=True)
+            logits = model.get_output_embeddings()(hidden[row, prev[row, slot]])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = nn.functional.cross_entropy(logits, labels[row, slot], reduction="none")
+        return torch.zeros(labels.shape, dtype=nll.dtype, device=nll.device).index_put((row, slot), nll)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The weights that training changes, by name."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name: t for name, t in self.state_dict().items() if name in trained}
+
+    def load_trained(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `trained_state`.
+
+        Raises:
+            ModelError: The names are not the ones that are trained here.
+        """
+        expected = set(self.trained_state())
+        if expected != set(state):
+            odd = sorted(expected ^ set(state))[0]
+            raise ModelError(f"the checkpoint trains other weights than this run: {odd}")
+        self.load_state_dict(dict(state), strict=False)
+
+    def merged(self) -> Any:
+        """The model of transformers with its adapters added in; a copy where there are any."""
+        if self.inner is self.plain:
+            return self.inner
+        return copy.deepcopy(self.inner).merge_and_unload()
+
+    def exported(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Weights in float32 under the names of transformers, and `config.json`: what the torch engine takes."""
+        model = self.merged()
+        config = model.config.to_dict()
+        weights = {name: t.detach().float().cpu() for name, t in model.state_dict().items()}
+        if config.get("tie_word_embeddings"):
+            weights.pop("lm_head.weight", None)
+        return weights, config
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that transformers and the torch engine read; adapters are merged in."""
+        self.merged().save_pretrained(folder)
+        self.tokenizer.inner.save_pretrained(folder)
+
+
+def visible(end: Tensor, hide_lo: Tensor, hide_hi: Tensor) -> Callable[[Any, Any, Any, Any], Tensor]:
+    """FlexAttention's `mask_mod` for packed trees: row, head, query, key to whether the query sees the key.
+
+    A key is seen from itself on to its `end`, but for its hidden spans.
+
+    Args:
+        end: [R, T].
+        hide_lo, hide_hi: [R, T, N].
+    """
+    spans = hide_lo.shape[-1]
+
+    def mask(row: Any, head: Any, query: Any, key: Any) -> Tensor:
+        seen = (key <= query) & (query < end[row, key])
+        for n in range(spans):
+            seen = seen & ~((query >= hide_lo[row, key, n]) & (query < hide_hi[row, key, n]))
+        return seen
+
+    return mask
+
+
+def add_control_tokens(model: Any, tokenizer: Any, tags: Sequence[str]) -> list[int]:
+    """Make each tag one token, whose vectors start as the mean of the pieces that it was written in.
+
+    Spare rows of the embedding, which many models have, are used before it grows.
+
+    Args:
+        model: A causal model of transformers.
+        tokenizer: A fast tokenizer of transformers.
+
+    Returns:
+        The ids that are new.
+    """
+    known = tokenizer.get_added_vocab()
+    new = [tag for tag in dict.fromkeys(tags) if tag not in known]
+    pieces = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in new}
+    tokenizer.add_tokens([transformers.AddedToken(tag, special=True, normalized=False) for tag in new])
+    ids = tokenizer.convert_tokens_to_ids(new)
+    inputs = model.get_input_embeddings().weight
+    if len(tokenizer) > inputs.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = {id(t.weight): t.weight for t in (model.get_input_embeddings(), model.get_output_embeddings())}
+    with torch.no_grad():
+        for table in tables.values():
+            for tag, at in zip(new, ids, strict=True):
+                table[at] = table[pieces[tag]].float().mean(0).to(table.dtype)
+    return ids
+
+
+def load(config: BaseConfig, *, tags: Sequence[str]) -> Pretrained:
+    """Read a model, with these tags as tokens, ready to be trained.
+
+    Raises:
+        ModelError: It cannot be read.
+        RequestError: peft is needed and missing.
+    """
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    flex = config.attention == "flex" or (config.attention == "auto" and device.startswith("cuda"))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.path)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            config.path,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="flex_attention" if flex else "sdpa",
+        )
+    except (OSError, ValueError, KeyError) as exc:
+        raise ModelError(f"transformers cannot read {config.path}: {exc}") from exc
+    new = add_control_tokens(model, tokenizer, tags)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    if config.lora_rank:
+        model = _adapted(model, config, new or tokenizer.convert_tokens_to_ids(list(tags)))
+    model.to(device).train()
+    return Pretrained(model, PretrainedTokenizer(tokenizer), flex=flex, bf16=config.bf16)
+
+
+def _adapted(model: Any, config: BaseConfig, tokens: Sequence[int]) -> Any:
+    """Adapters on the matrices, and the vectors of the tags themselves: a frozen tag would stay a mean of pieces."""
+    try:
+        import peft
+    except ImportError as exc:
+        raise RequestError("lora_rank needs peft, which is missing: pip install 'plait[hf]'") from exc
+    lora = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        target_modules=list(config.lora_targets),
+        trainable_token_indices=list(tokens) or None,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, lora)
