@@ -35,10 +35,11 @@ from plait.models import Model, gold_model, load_model
 from plait.types import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from server_process import HOST, MODELS, server_process
+from server_process import HOST, MODELS, Probe, server_process
 
 TEXT = b'"reasoning":"'
 """What the first frame with text holds."""
+CPU = "process_cpu_seconds_total"
 _END = b"\r\n0\r\n\r\n"
 
 
@@ -133,6 +134,14 @@ async def measure(port: int, models: Sequence[Model], options: dict[str, Any], r
             note("forked: engine's first chunk", early.first)
             note("forked: first byte, later by", forked.first - early.first)
             note("forked: first text, later by", forked.text - early.first)
+    # A process's own clock: it says the same on a busy machine, but ticks slowly, so many replies are taken together.
+    probe = Probe(port)
+    before = probe.read()[CPU]
+    for question in questions:
+        client.ask(twin.name, question, stream=False)
+    cpu = 1000 * (probe.read()[CPU] - before) / len(questions)
+    probe.close()
+    found["server and engine, CPU of a whole reply"] = [cpu] * 2
     return found
 
 

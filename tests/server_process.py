@@ -97,7 +97,7 @@ def _keep(stream: Any, lines: list[str]) -> None:
 
 
 class Probe:
-    """Reads `/metrics` over one connection."""
+    """Reads `/metrics` over one connection, or a new one where the server has closed it for being quiet."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -105,6 +105,20 @@ class Probe:
 
     def read(self) -> dict[str, float]:
         """Every sample, summed over its labels, by name."""
+        try:
+            text = self._asked()
+        except OSError:
+            self.close()
+            text = self._asked()
+        values: dict[str, float] = {}
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                name, _, value = line.rpartition(" ")
+                name = name.partition("{")[0]
+                values[name] = values.get(name, 0.0) + float(value)
+        return values
+
+    def _asked(self) -> str:
         if self._socket is None:
             self._socket = socket.create_connection((HOST, self._port), timeout=60)
         self._socket.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -115,24 +129,19 @@ class Probe:
         (length,) = [int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
         while len(body) < length:
             body += self._more()
-        values: dict[str, float] = {}
-        for line in body.decode().splitlines():
-            if not line.startswith("#"):
-                name, _, value = line.rpartition(" ")
-                name = name.partition("{")[0]
-                values[name] = values.get(name, 0.0) + float(value)
-        return values
+        return body.decode()
 
     def _more(self) -> bytes:
         assert self._socket is not None
         got = self._socket.recv(1 << 16)
         if not got:
-            raise Broken("the server closed the connection of its metrics")
+            raise ConnectionResetError("the server closed the connection of its metrics")
         return got
 
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
+            self._socket = None
 
 
 BUSY = ("plait:requests_running", "plait:threads_active", "plait:threads_waiting")
