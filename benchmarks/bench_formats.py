@@ -47,14 +47,20 @@ def drawn_for(model: Model | None, families: Sequence[str], count: int, seed: in
     return [problem for group in kept.values() for problem in group]
 
 
-def gold(drawn: Sequence[tasks.Problem], families: Sequence[str]) -> str:
+def group_of(problem: tasks.Problem) -> str:
+    """What a problem is counted with: its family, nested expressions by how deep they are."""
+    depth = problem.shape.get("depth")
+    return f"{problem.family}, {depth} deep" if depth else problem.family
+
+
+def gold(drawn: Sequence[tasks.Problem]) -> str:
     """What the gold traces cost."""
     rows = [("gold traces", "format", "T", "L", "L of one line / L", "longest", "read again", "threads")]
-    for family in families:
+    for group in dict.fromkeys(map(group_of, drawn)):
         one_line = 0.0
         for name in FORMATS:
             format = open_format(name, JOINS)
-            own = [p for p in drawn if p.family == family]
+            own = [p for p in drawn if group_of(p) == group]
             trees = [gold_tree(p, format=format, tokenizer=JOINS, parallel=name != "sequential") for p in own]
             usages = [tree.usage() for tree in trees]
             path = statistics.fmean(u.critical_path_tokens for u in usages)
@@ -67,22 +73,23 @@ def gold(drawn: Sequence[tasks.Problem], families: Sequence[str]) -> str:
             ]
             total, path, longest, reread = (f"{mean:.0f}" for mean in means)
             threads = f"{statistics.fmean(u.threads for u in usages):.1f}"
-            rows.append((family, name, total, path, f"{one_line / means[1]:.2f}", longest, reread, threads))
+            rows.append((group, name, total, path, f"{one_line / means[1]:.2f}", longest, reread, threads))
     return table(rows)
 
 
-def measured(records: Sequence[Record], models: Sequence[Model], families: Sequence[str]) -> str:
-    rows: list[Sequence[str]] = [("family", "format", *HEAD)]
-    for family in (*families, "all"):
+def measured(records: Sequence[Record], models: Sequence[Model], drawn: Sequence[tasks.Problem]) -> str:
+    groups = {problem.prompt: group_of(problem) for problem in drawn}
+    rows: list[Sequence[str]] = [("problems", "format", *HEAD)]
+    for group in (*dict.fromkeys(groups.values()), "all"):
         one_line = 0.0
         for model in models:
-            own = [r for r in records if r.model == model.id and family in (r.family, "all")]
+            own = [r for r in records if r.model == model.id and group in (groups[r.prompt], "all")]
             s = summary(own)
             one_line = one_line or s.critical_path_tokens
             low, high = wilson(s.right, s.n)
             rows.append(
                 (
-                    family,
+                    group,
                     model.format_name,
                     f"{100 * s.accuracy:.1f}",
                     f"{100 * low:.0f}-{100 * high:.0f}",
@@ -127,10 +134,10 @@ def main() -> None:
     print(f"{args.problems} held-out problems of each family on which forking is right, seed {args.seed}\n")
     if loaded:
         records = anyio.run(run, drawn, loaded)
-        print(f"{measured(records, loaded, args.families)}\n")
+        print(f"{measured(records, loaded, drawn)}\n")
         if args.json:
             args.json.write_text(json.dumps([asdict(record) for record in records]), encoding="utf-8")
-    print(gold(drawn, args.families))
+    print(gold(drawn))
 
 
 if __name__ == "__main__":
