@@ -101,7 +101,7 @@ async def opened(name: str, weights: Weights, most: int, folder: Path) -> AsyncG
 
                 dtype = "float32" if weights.embedded else "bfloat16"
                 copy = write_numbered(weights.path, folder / f"hf-{weights.name}")
-                served = vllm_server(copy, dtype=dtype, seqs=33, kv_gib=2)
+                served = vllm_server(copy, native=True, dtype=dtype, seqs=33, kv_gib=2)
                 engine = HttpEngine(stack.enter_context(served)[0])
             case _:
                 raise ValueError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
@@ -163,7 +163,6 @@ def requantised(source: Path, dtype: str, target: Path) -> Path:
 
 async def compare(weights: Weights, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Both tables of one model, printed; their rows."""
-    prefix = prefix_ids(args.prefix)
     threads, tokens = args.block
     # Prefix and threads of a few blocks: as much as engines keep that nobody asked to forget anything.
     most = 4 * (args.prefix + max(max(args.counts) * (args.tokens + 4), threads * (tokens + 4))) + 1024
@@ -174,33 +173,32 @@ async def compare(weights: Weights, args: argparse.Namespace, folder: Path) -> l
         print(f"\n{weights.name}: a prefix of {args.prefix} tokens, threads of {args.tokens} tokens\n")
         cases = [(s, j, n) for n in args.counts for s in subjects for j in s.joins]
         print(head(("engine", "join")))
-        for (s, j, n), measured in (await rounds(cases, args.rounds, args.tokens, prefix, weights.line_tokens)).items():
+        for (s, j, n), measured in (await rounds(cases, args, args.tokens, weights.line_tokens)).items():
             print(cells((s.name, j), n, measured), flush=True)
             rows.append({"model": weights.name, "engine": s.name, "join": j, "threads": n, **medians(measured)})
         print(f"\n{weights.name}: {threads} threads of {tokens} tokens against {threads * tokens} in one line\n")
-        results = await rounds(
-            [(s, j, threads) for s in subjects for j in s.joins], args.rounds, tokens, prefix, threads * tokens
-        )
+        results = await rounds([(s, j, threads) for s in subjects for j in s.joins], args, tokens, threads * tokens)
         raw = next((measured for (s, _, _), measured in results.items() if s.name == "raw"), None)
         print(head(("engine", "join", "of raw")))
         for (s, j, n), measured in results.items():
             row = {"model": weights.name, "engine": s.name, "join": j, "threads": n, **medians(measured)}
-            share = medians(raw)["block_ms"] / row["block_ms"] if raw else None
+            share = medians(raw)["block_ms"] / row["block_ms"] if raw and s.name != "scripted" else None
             rows.append(row | {"tokens": tokens, "of_raw": share and round(share, 3)})
             print(cells((s.name, j, f"{share:.1%}" if share else ""), n, measured), flush=True)
     return rows
 
 
 async def rounds(
-    cases: list[tuple[Subject, str, int]], number: int, tokens: int, prefix: tuple[int, ...], line_tokens: int
+    cases: list[tuple[Subject, str, int]], args: argparse.Namespace, tokens: int, line_tokens: int
 ) -> dict[tuple[Subject, str, int], list[dict[str, float]]]:
     """Every case in turn, again and again; the first round warms up."""
     out: dict[tuple[Subject, str, int], list[dict[str, float]]] = {case: [] for case in cases}
-    for k in range(number + 1):
+    for k in range(args.rounds + 1):
         for i, (subject, join, threads) in enumerate(cases):
-            where = f"round {k} of {number}, case {i + 1} of {len(cases)}: {subject.name}, {threads} threads"
+            where = f"round {k} of {args.rounds}, case {i + 1} of {len(cases)}: {subject.name}, {threads} threads"
             print(f"{where:70}", end="\r", file=sys.stderr, flush=True)
             line = k > 0 and threads * tokens <= line_tokens
+            prefix = prefix_ids(args.prefix, k * len(cases) + i + tokens)
             measured = await subject.measure(join, threads, tokens, prefix, line=line)
             if k:
                 out[subject, join, threads].append(measured)

@@ -29,7 +29,6 @@ async def main(args: argparse.Namespace) -> None:
     rounds = args.rounds or (3 if args.quick else 5)
     path = Path(args.model) if args.model else load_model(DEFAULT).path
     assert path is not None
-    prefix = prefix_ids(args.prefix)
     most = args.prefix + max(counts) * (args.tokens + 4) + 64
     rows: list[dict[str, Any]] = []
     print(f"{path.name}: a prefix of {args.prefix} tokens, threads of {args.tokens} tokens, {rounds} rounds\n")
@@ -41,9 +40,10 @@ async def main(args: argparse.Namespace) -> None:
         async with open_engine(name, **options) as engine:
             cases = [(join, n) for n in counts for join in ("merge", "concat")]
             results: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
-            for _ in range(rounds + 1):
-                for join, n in cases:
-                    results[join, n].append(await block(engine, join, n, args.tokens, prefix))
+            for number in range((rounds + 1) * len(cases)):
+                join, n = cases[number % len(cases)]
+                prefix = prefix_ids(args.prefix, number)
+                results[join, n].append(await block(engine, join, n, args.tokens, prefix))
         for (join, n), (_, *measured) in results.items():  # the first round warms up
             print(cells((name, join), n, measured), flush=True)
             rows.append({"engine": name, "join": join, "threads": n, **medians(measured)})
@@ -51,7 +51,7 @@ async def main(args: argparse.Namespace) -> None:
         print(json.dumps(rows))
 
 
-if __name__ == "__main__":
+def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="llamacpp", help="engines that read a GGUF file, separated by commas")
     parser.add_argument("--model", help="a GGUF file; default: the embedded model")
@@ -61,4 +61,8 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, help="CPU threads of the llama.cpp engine")
     parser.add_argument("--quick", action="store_true", help="1, 4 and 8 threads, three rounds")
     parser.add_argument("--json", action="store_true", help="the rows as a JSON list on the last line")
-    anyio.run(main, parser.parse_args())
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    anyio.run(main, parsed())

@@ -1,11 +1,12 @@
 """What Plait adds to a server: the same requests sent by hand and through the HTTP engine, in turn.
 
-    python benchmarks/bench_http.py [--engine URL] [--runs 9] [--threads 1,4] [--json]
+    python benchmarks/bench_http.py [--server llama-server|vllm] [--engine URL] [--runs 15] [--threads 1,4] [--json]
 
 By hand: one httpx2 client that streams the very bodies the engine would send and parses each event, nothing else.
 Through Plait: a run of the same problem in a format that never forks, events read and folded. Without --engine a
-llama-server is started on the embedded sequential model (one thread, loopback), which is so small that every
-microsecond of a client shows: a token takes well below a millisecond. Medians over the runs with their range.
+server is started on the embedded sequential model (one thread, loopback), which is so small that every microsecond of
+a client shows: a token takes a llama-server 0.1 ms. vLLM needs PLAIT_VLLM_PYTHON, the interpreter of an environment
+that has it. Medians over the runs with their range; `CPU a token` is the client's own, less spoiled by a busy machine.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import anyio
@@ -37,17 +39,22 @@ BUDGET = Budget(max_tokens=None)
 
 
 @contextmanager
-def served(url: str | None, slots: int) -> Iterator[str]:
-    if url is not None:
-        yield url
+def served(options: argparse.Namespace, slots: int) -> Iterator[str]:
+    if options.engine is not None:
+        yield options.engine
         return
-    from real_servers import llama_server, served_gguf
+    from real_servers import llama_server, served_gguf, vllm_server
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        llama_server(served_gguf(Path(folder), MODEL), slots=slots) as (url, _),
-    ):
-        yield url
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if options.server == "vllm":
+            import hf_weights
+
+            weights = hf_weights.write(load_model(MODEL), folder / "hf")
+            started = vllm_server(weights, native=True, seqs=slots)
+        else:
+            started = llama_server(served_gguf(folder, MODEL), slots=slots)
+        yield stack.enter_context(started)[0]
 
 
 async def by_hand(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> int:
@@ -66,8 +73,8 @@ async def measure(url: str, threads: int, runs: int) -> dict[str, Any]:
     model = load_model(MODEL)
     format = model.format
     requests = [model.request(f"What is {question}?", budget=BUDGET) for question in QUESTIONS[:threads]]
-    hand: list[float] = []
-    plait: list[float] = []
+    wall: dict[str, list[float]] = {"by_hand": [], "plait": []}
+    cpu: dict[str, list[float]] = {"by_hand": [], "plait": []}
     counts = {"hand": 0, "plait": 0}
     async with model.open_engine(url) as engine, httpx2.AsyncClient(timeout=60, trust_env=False) as client:
         assert isinstance(engine, HttpEngine)
@@ -93,21 +100,25 @@ async def measure(url: str, threads: int, runs: int) -> dict[str, Any]:
             counts["plait"] += tree.usage().sampled_tokens
 
         for number in range(runs + 1):
-            for samples, work in ((hand, one_by_hand), (plait, one_through_plait)):
+            for name, work in (("by_hand", one_by_hand), ("plait", one_through_plait)):
+                before = process_time()
                 seconds = await together(threads, work)
                 if number:  # the first round warms up
-                    samples.append(seconds)
+                    wall[name].append(seconds)
+                    cpu[name].append(process_time() - before)
     assert counts["hand"] == counts["plait"], f"not the same work: {counts}"
     tokens = counts["hand"] // (runs + 1)
-    by, through = statistics.median(hand), statistics.median(plait)
+    by, through = (statistics.median(seconds) for seconds in wall.values())
     return {
         "engine": server.kind,
         "threads": threads,
         "tokens": tokens,
-        "by_hand_ms": round(by * 1e3, 2),
-        "by_hand_range_ms": [round(min(hand) * 1e3, 2), round(max(hand) * 1e3, 2)],
-        "plait_ms": round(through * 1e3, 2),
-        "plait_range_ms": [round(min(plait) * 1e3, 2), round(max(plait) * 1e3, 2)],
+        **{f"{name}_ms": round(statistics.median(seconds) * 1e3, 2) for name, seconds in wall.items()},
+        **{
+            f"{name}_range_ms": [round(min(seconds) * 1e3, 2), round(max(seconds) * 1e3, 2)]
+            for name, seconds in wall.items()
+        },
+        **{f"{name}_cpu_us": round(statistics.median(seconds) / tokens * 1e6, 1) for name, seconds in cpu.items()},
         "added_ms": round((through - by) * 1e3, 2),
         "added_us_per_token": round((through - by) / tokens * 1e6, 1),
         "of_by_hand": round(by / through, 4),
@@ -117,22 +128,23 @@ async def measure(url: str, threads: int, runs: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engine", metavar="URL", help="a server that runs; its vocabulary must be the model's")
-    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--server", choices=["llama-server", "vllm"], default="llama-server", help="what is started")
+    parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--threads", default="1,4")
     parser.add_argument("--json", action="store_true", help="print the rows as the last line")
     options = parser.parse_args()
     numbers = [int(n) for n in options.threads.split(",")]
-    with served(options.engine, max(numbers)) as url:
+    with served(options, max(numbers)) as url:
         rows = [anyio.run(measure, url, n, options.runs) for n in numbers]
-    print("| engine | streams | tokens | by hand | through Plait | added | a token |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    print("| engine | streams | tokens | by hand | through Plait | added | of the speed by hand | CPU a token |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for r in rows:
         by, through = (
             f"{r[f'{k}_ms']} ms ({r[f'{k}_range_ms'][0]}-{r[f'{k}_range_ms'][1]})" for k in ("by_hand", "plait")
         )
         print(
             f"| {r['engine']} | {r['threads']} | {r['tokens']} | {by} | {through} | {r['added_ms']} ms | "
-            f"{r['added_us_per_token']} us |"
+            f"{r['of_by_hand']:.1%} | {r['by_hand_cpu_us']} -> {r['plait_cpu_us']} us |"
         )
     if options.json:
         print(json.dumps(rows))

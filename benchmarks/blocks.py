@@ -66,8 +66,10 @@ async def side_by_side(engine: Timed, contexts: Sequence[Context], tokens: int) 
     return out
 
 
-def prefix_ids(tokens: int) -> tuple[int, ...]:
-    return tuple(HEADER + i % 11 for i in range(tokens))
+def prefix_ids(tokens: int, number: int) -> tuple[int, ...]:
+    """A prefix of its own for each number, so that no cache knows what comes after it."""
+    digits = tuple(HEADER + number // 10**i % 10 for i in range(4))
+    return (digits * (tokens // 4 + 1))[:tokens]
 
 
 def headers(threads: int, mark: int) -> list[tuple[int, ...]]:

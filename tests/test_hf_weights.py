@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="compares with transformers")
 pytest.importorskip("safetensors")
 
 import plait
-from hf_weights import write
+from hf_weights import write, write_numbered
 
 pytestmark = pytest.mark.torch
 
@@ -31,3 +31,13 @@ def test_transformers_gives_the_answer_of_the_embedded_engine(tmp_path: Path) ->
     text = model.tokenizer.decode(output[0, len(prompt) :].tolist())
     assert "Answer: 1222" in text
     assert text.endswith("<eos>")
+
+
+def test_tokens_without_a_vocabulary_are_called_by_their_ids(tmp_path: Path) -> None:
+    import transformers
+
+    path = plait.load_model("plait-tiny-sequential").path
+    assert path is not None
+    folder = write_numbered(path, tmp_path / "hf")
+    assert transformers.AutoTokenizer.from_pretrained(folder).decode([3, 4, 63]) == "<3><4><63>"
+    assert transformers.AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 64

@@ -1,0 +1,55 @@
+"""What the benchmarks of engines share measures what it says, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import bench_forkjoin
+from blocks import block, cells, head, medians, prefix_ids
+
+from plait.engines.llamacpp import LlamaCppEngine
+from plait.models import load_model
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+async def test_a_merge_computes_nothing_again_and_a_concat_all_threads_but_the_first() -> None:
+    path = load_model().path
+    assert path is not None
+    async with LlamaCppEngine(path, threads=1) as engine:
+        measured = [await block(engine, join, 3, 10, prefix_ids(40, i)) for i, join in enumerate(("merge", "concat"))]
+    merged, concatenated = measured
+    assert merged["prefilled_again"] == 0
+    # Header and tokens of two threads, without the last token of each, which was never computed.
+    assert concatenated["prefilled_again"] == 2 * (3 + 10 - 1)
+    for row in measured:
+        assert row["speedup_wall"] == pytest.approx(row["line_ms"] / row["block_ms"])
+        assert row["tokens_per_s"] == pytest.approx(3 * row["tokens_per_s_of_one"])
+    assert head(("engine",)).count("|") == 2 * (cells(("x",), 3, measured).count("|"))
+    assert medians(measured)["prefilled_again"] == 12
+
+
+def test_prefixes_of_two_numbers_part_at_once() -> None:
+    prefixes = [prefix_ids(64, number) for number in range(1000)]
+    assert len({prefix[:4] for prefix in prefixes}) == 1000
+    assert all(len(prefix) == 64 for prefix in prefixes)
+
+
+async def test_the_last_line_of_a_benchmark_is_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--quick", "--rounds", "1", "--tokens", "3", "--prefix", "16", "--threads", "1", "--json"]
+    await bench_forkjoin.main(bench_forkjoin.parsed(options))
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {(row["engine"], row["join"], row["threads"]) for row in rows} == {
+        ("llamacpp", join, threads) for join in ("merge", "concat") for threads in (1, 4, 8)
+    }
+    assert all({"prefilled_again", "speedup_wall"} <= row.keys() for row in rows)
