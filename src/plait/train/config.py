@@ -24,8 +24,8 @@ T = TypeVar("T")
 class DataConfig:
     format: str
     """Name of the trajectory format."""
-    traces: Literal["parallel", "serial"] = "parallel"
-    """`serial`: never forks, the twin's data."""
+    traces: Literal["parallel", "serial", "either"] = "parallel"
+    """`serial`: never forks, the twin's data; `either`: sometimes this, sometimes that."""
     mixture: dict[str, float]
     """How often each family is drawn, in any unit."""
     knobs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])

@@ -30,6 +30,9 @@ Source: TypeAlias = Callable[[str, random.Random, Literal["train", "held_out"]],
 PIECES = 256
 """Sequences that one example may come in, at most: piece p of example n has the tag n * PIECES + p."""
 
+SERIAL_SHARE = 0.6
+"""Of the traces of `either`, those in one line: more than half, so that a greedy model starts by not forking."""
+
 
 class Stream:
     """Batches of a mixture of families.
@@ -148,16 +151,18 @@ def gold_source(
 
     Args:
         format: Name of the format.
-        traces: `parallel` forks where the problem says that forking is right; `serial` never does: the twin.
+        traces: `parallel` forks where the problem says that forking is right; `serial` never does: the twin; `either`
+            draws one of the two for each example (`SERIAL_SHARE`), so that a model learns both ways and neither as the
+            right one: where reinforcement learning has something left to choose.
         tokenizer: What they are written in.
         knobs: What the problems of a family are drawn from, by family.
         budget: Limits to draw; the prompt says them and the trace keeps them.
 
     Raises:
-        RequestError: No format has this name, or `traces` is neither.
+        RequestError: No format has this name, or `traces` is none of the three.
     """
-    if traces not in ("parallel", "serial"):
-        raise nearest(traces, ["parallel", "serial"], "kind of trace")
+    if traces not in ("parallel", "serial", "either"):
+        raise nearest(traces, ["parallel", "serial", "either"], "kind of trace")
     opened = open_format(format, tokenizer)
     families = {name: tasks.family(name, knobs.get(name)) for name in (*tasks.FAMILIES, *tasks.RESEARCH)}
     if budget is not None:
@@ -166,7 +171,8 @@ def gold_source(
 
     def draw(family: str, rng: random.Random, split: Literal["train", "held_out"]) -> Tree:
         problem = tasks.sample(families.get(family, family), rng, split)
-        gold = partial(gold_tree, problem, format=opened, tokenizer=tokenizer, parallel=traces == "parallel")
+        forks = traces == "parallel" or (traces == "either" and rng.random() >= SERIAL_SHARE)
+        gold = partial(gold_tree, problem, format=opened, tokenizer=tokenizer, parallel=forks)
         if budget is None or rng.random() >= budget.share:
             return gold()
         drawn = budget.draw(rng)
