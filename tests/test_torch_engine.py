@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.torch, pytest.mark.anyio]
 
 from plait.engines.torch import TorchEngine  # noqa: E402
+from plait.engines.torch.batch import Piece, assemble_padded  # noqa: E402
 from plait.engines.torch.checkpoint import Checkpoint, read_checkpoint  # noqa: E402
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, ModelError, RequestError  # noqa: E402
 from plait.testing.conformance import check_engine  # noqa: E402
@@ -117,6 +119,71 @@ async def test_half_precision_keeps_the_contract_too() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 async def test_a_gpu_keeps_the_contract_too() -> None:
     await check_engine(lambda: make(device="cuda"), vocab_size=tiny_llama.VOCAB, reference=reference, tolerance=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.timeout(600)
+async def test_cuda_graphs_keep_the_contract_too(dtype: Any) -> None:
+    tolerance = {"float32": 5e-3, "bfloat16": 0.3}[dtype]
+    await check_engine(
+        lambda: make(device="cuda", compile=True, dtype=dtype),
+        vocab_size=tiny_llama.VOCAB,
+        reference=reference,
+        tolerance=tolerance,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.timeout(600)
+async def test_new_weights_reach_the_graphs_that_were_recorded() -> None:
+    async with make(1, device="cuda") as fresh:
+        after = (await call(fresh, (PROMPT,)))[0]
+    async with make(0, device="cuda", compile=True) as engine:
+        for _ in range(3):
+            await call(engine, (PROMPT,))
+        await engine.load_weights(tiny_llama.weights(1), version=1)
+        assert (await call(engine, (PROMPT,)))[0] == after
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_padded_step_samples_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled, without the compiler."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    contexts = [(PROMPT,), (PROMPT, Merge((((1, 2),), ((3,),))), (4,)), (PROMPT[:3],)]
+    async with make() as engine:
+        expected = await side_by_side(engine, contexts, max_tokens=20)
+    async with make(compile=True, block_size=2) as engine:
+        assert await side_by_side(engine, contexts, max_tokens=20) == expected
+        await engine.load_weights(tiny_llama.weights(1), version=1)
+        ids, _, _ = await call(engine, (PROMPT,), max_tokens=20)
+    async with make(1) as engine:
+        assert ids == (await call(engine, (PROMPT,), max_tokens=20))[0]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.timeout(240)  # seconds on an idle machine
+async def test_the_padded_step_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be compiled as a whole; what a compiler makes of the graph is the compiler's."""
+    rows = assemble_padded(
+        [Piece(token_ids=[5], start=9, sees=np.arange(300))] * 3,
+        [2, 0, 1],
+        spare=512,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    assert rows.groups[0].cells_GC.shape == (4, 512)
+    assert rows.cells.tolist() == [299, 299, 299, 512]
+    assert rows.outputs.tolist() == [2, 0, 1, 3]
+    with torch.inference_mode():
+        decoder = make()._decoder
+        assert decoder is not None
+        plain = decoder.forward(rows, decoder.new_cache(512))
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+        decoder.compile()
+        assert torch.equal(decoder.forward(rows, decoder.new_cache(512)), plain)
 
 
 async def test_random_trees_match_a_dense_mask() -> None:

@@ -26,6 +26,10 @@ class Piece:
     """Cells in order; the last ones are the tokens' own."""
 
 
+PADDED_CELLS = 256
+"""Fewest cells that a padded row sees; more come in powers of two of it."""
+
+
 def assemble(pieces: Sequence[Piece], outputs: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> Rows:
     """The rows of a step, piece after piece.
 
@@ -71,6 +75,45 @@ def assemble(pieces: Sequence[Piece], outputs: Sequence[int], *, device: torch.d
         groups=groups,
         places=None if in_order else _tensor(places, device),
         outputs=_tensor(np.array(outputs, np.int64), device),
+    )
+
+
+def assemble_padded(
+    pieces: Sequence[Piece], outputs: Sequence[int], *, spare: int, device: torch.device, dtype: torch.dtype
+) -> Rows:
+    """The rows of a step that only samples, one a piece, in sizes that are powers of two.
+
+    Args:
+        outputs: Rows that want logits, as many as there are; logits of padding come after theirs.
+        spare: The cell that padding writes and sees.
+    """
+    count = len(pieces)
+    rows = 1 << (count - 1).bit_length()
+    most = max(len(piece.sees) for piece in pieces)
+    width = PADDED_CELLS << max(0, (most - 1) // PADDED_CELLS).bit_length()
+    token_ids, position_ids = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+    cells_GC = np.full((rows, width), spare, np.int64)
+    bias_GRC = np.full((rows, 1, width), -np.inf, np.float32)
+    bias_GRC[count:, 0, 0] = 0  # a row that sees nothing would come out as NaN
+    for i, piece in enumerate(pieces):
+        token_ids[i], position_ids[i] = piece.token_ids[0], piece.start
+        cells_GC[i, : len(piece.sees)] = piece.sees
+        bias_GRC[i, 0, : len(piece.sees)] = 0
+    own = np.full(rows, spare, np.int64)
+    own[:count] = [piece.sees[-1] for piece in pieces]
+    group = Group(
+        rows_GR=_tensor(np.arange(rows)[:, None], device),
+        cells_GC=_tensor(cells_GC, device),
+        bias_GRC=_tensor(bias_GRC, device).to(dtype),
+    )
+    return Rows(
+        token_ids=_tensor(token_ids, device),
+        position_ids=_tensor(position_ids, device),
+        cells=_tensor(own, device),
+        groups=[group],
+        places=None,
+        outputs=_tensor(np.concatenate([np.array(outputs, np.int64), np.arange(count, rows)]), device),
+        padded=True,
     )
 
 

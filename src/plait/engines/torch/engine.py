@@ -48,6 +48,8 @@ class TorchEngine(InProcessEngine):
         threads: CPU threads of torch, for the whole process; by default as torch is set.
         prefill_rows: Given tokens computed in one step while other calls sample.
         flush_s: How often calls that go on sampling yield a chunk.
+        compile: Compile the step that only samples, on CUDA into CUDA graphs. The first step of each size then takes
+            long, up to minutes for the very first; on a CPU it needs a C++ compiler and has not paid.
         lora: A LoRA adapter of these weights, a folder as peft saves it. It is added to the weights as they are read,
             so it costs nothing later; `load_weights` replaces the sum.
         lora_scale: What the adapter is multiplied with, beside its own alpha.
@@ -73,6 +75,7 @@ class TorchEngine(InProcessEngine):
         threads: int | None = None,
         prefill_rows: int = 256,
         flush_s: float = 0.01,
+        compile: bool = False,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
         version: int = 0,
@@ -97,6 +100,9 @@ class TorchEngine(InProcessEngine):
             device=_device(device),
             positions=self.max_context,
         )
+        if compile:
+            self._decoder.compile()
+        self._compile = compile
         self._block_size, self._max_seqs, self._threads = block_size, max_seqs, threads
         self._prefill_rows, self._flush_s = prefill_rows, flush_s
         self.version = version
@@ -135,6 +141,7 @@ class TorchEngine(InProcessEngine):
                 prefill_rows=self._prefill_rows,
                 flush_s=self._flush_s,
                 threads=self._threads,
+                padded=self._compile,
             )
         except RuntimeError as exc:
             await self.aclose()

@@ -102,6 +102,7 @@ class Decoder:
         self, config: Config, weights: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device, positions: int
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
+        self._compiled: Any = None
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -155,20 +156,52 @@ class Decoder:
                 view.copy_(_tensor(weights[name]))
 
     def new_cache(self, cells: int) -> list[Tensor]:
-        """Keys and values of every layer, [cells, 2, J, D] each."""
+        """Keys and values of every layer, [cells + 1, 2, J, D] each. The last cell is where padding writes."""
         c = self.config
         # Zeros, not whatever lies there: padding reads cell 0, and nothing times NaN is NaN.
-        shape = (cells, 2, c.kv_heads, c.head_dim)
-        return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(c.layers)]
+        shape = (cells + 1, 2, c.kv_heads, c.head_dim)
+        cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(c.layers)]
+        if self._compiled is not None:
+            _keep_in_place(cache)
+        return cache
+
+    def compile(self) -> None:
+        """Compile the forward of padded rows, on CUDA into CUDA graphs. Call it before `new_cache`."""
+        _keep_in_place([*self.views.values(), self._cos, self._sin])
+        for layer in self._layers:
+            _keep_in_place(layer.tensors())
+        # Sizes are few by padding, but a compilation for each would still take minutes; a graph for each does not.
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        self._compiled = torch.compile(self._forward, dynamic=True, mode=mode)
 
     def forward(self, rows: Rows, cache: Sequence[Tensor]) -> Tensor:
         """Compute rows, writing their keys and values into the cache; logits [S, V] in float32."""
-        x_NW = F.embedding(rows.token_ids, self._embed)
-        cos, sin = self._cos[rows.position_ids][:, None], self._sin[rows.position_ids][:, None]
+        run = self._compiled if rows.padded and self._compiled is not None else self._forward
+        groups = [(group.rows_GR, group.cells_GC, group.bias_GRC) for group in rows.groups]
+        return run(rows.token_ids, rows.position_ids, rows.cells, groups, rows.places, rows.outputs, cache)
+
+    def _forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        cells: Tensor,
+        groups: Sequence[tuple[Tensor, Tensor, Tensor]],
+        places: Tensor | None,
+        outputs: Tensor,
+        cache: Sequence[Tensor],
+    ) -> Tensor:
+        x_NW = F.embedding(token_ids, self._embed)
+        cos, sin = self._cos[position_ids][:, None], self._sin[position_ids][:, None]
         for layer, kv in zip(self._layers, cache, strict=True):
-            x_NW = layer.forward(x_NW, cos, sin, rows, kv)
-        x_SW = F.rms_norm(x_NW[rows.outputs], (self.config.width,), self._norm, self.config.eps)
+            x_NW = layer.forward(x_NW, cos, sin, cells, groups, places, kv)
+        x_SW = F.rms_norm(x_NW[outputs], (self.config.width,), self._norm, self.config.eps)
         return F.linear(x_SW, self._head).float()
+
+
+def _keep_in_place(tensors: Sequence[Tensor]) -> None:
+    """Tell CUDA graphs that these stay where they are: they are read, and the cache written, without a copy."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)
 
 
 def _tensor(weight: Any) -> Tensor:
@@ -200,6 +233,8 @@ class Rows:
     """Where each row is in the groups' rows, all written one after another; None where they are in order."""
     outputs: Tensor
     """Rows that want logits."""
+    padded: bool = False
+    """Whether there are rows that stand for nothing, so that sizes are few; they come last, also in the logits."""
 
 
 class _Layer:
@@ -229,7 +264,22 @@ class _Layer:
         self._gate_up = linear(c.mlp_bias, c.width, gate_proj=c.inner, up_proj=c.inner)
         self._down = linear(c.mlp_bias, c.inner, down_proj=c.width)
 
-    def forward(self, x_NW: Tensor, cos: Tensor, sin: Tensor, rows: Rows, kv: Tensor) -> Tensor:
+    def tensors(self) -> list[Tensor]:
+        """Weights and biases as they are multiplied."""
+        norms = (self._norm_attention, self._norm_mlp, self._norm_q, self._norm_k)
+        parts = (*norms, *self._qkv, *self._out, *self._gate_up, *self._down)
+        return [tensor for tensor in parts if tensor is not None]
+
+    def forward(
+        self,
+        x_NW: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cells: Tensor,
+        groups: Sequence[tuple[Tensor, Tensor, Tensor]],
+        places: Tensor | None,
+        kv: Tensor,
+    ) -> Tensor:
         c = self.config
         h_NW = F.rms_norm(x_NW, (c.width,), self._norm_attention, c.eps)
         qkv = F.linear(h_NW, *self._qkv).view(-1, c.heads + 2 * c.kv_heads, c.head_dim)
@@ -237,8 +287,8 @@ class _Layer:
         if self._norm_q is not None and self._norm_k is not None:
             q = F.rms_norm(q, (c.head_dim,), self._norm_q, c.eps)
             k = F.rms_norm(k, (c.head_dim,), self._norm_k, c.eps)
-        kv.index_copy_(0, rows.cells, torch.stack([_rotate(k, cos, sin), v], 1))
-        y_NW = _attend(_rotate(q, cos, sin), kv, rows)
+        kv.index_copy_(0, cells, torch.stack([_rotate(k, cos, sin), v], 1))
+        y_NW = _attend(_rotate(q, cos, sin), kv, groups, places)
         x_NW = x_NW + F.linear(y_NW, *self._out)
         h_NW = F.rms_norm(x_NW, (c.width,), self._norm_mlp, c.eps)
         gate, up = F.linear(h_NW, *self._gate_up).chunk(2, -1)
@@ -250,26 +300,28 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def _attend(q_NHD: Tensor, kv: Tensor, rows: Rows) -> Tensor:
+def _attend(
+    q_NHD: Tensor, kv: Tensor, groups: Sequence[tuple[Tensor, Tensor, Tensor]], places: Tensor | None
+) -> Tensor:
     """Attention of every row over the cells it sees, [N, H * D]."""
     (heads, dim), kv_heads = q_NHD.shape[1:], kv.shape[2]
     outs: list[Tensor] = []
-    for group in rows.groups:
-        groups, width = group.rows_GR.shape
+    for rows_GR, cells_GC, bias_GRC in groups:
+        count, width = rows_GR.shape
         # Query heads of one key head are more rows for it: no key is copied for them.
-        q = q_NHD.index_select(0, group.rows_GR.flatten())
-        q = q.view(groups, width, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
+        q = q_NHD.index_select(0, rows_GR.flatten())
+        q = q.view(count, width, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
         shared = q.shape[2]
-        q = q.reshape(groups, kv_heads, shared * width, dim)
+        q = q.reshape(count, kv_heads, shared * width, dim)
         # Whole cells at once: indexing by element takes several times as long.
-        seen = kv.flatten(1).index_select(0, group.cells_GC.flatten())
-        k, v = seen.view(groups, -1, 2, kv_heads, dim).permute(2, 0, 3, 1, 4)
-        bias = group.bias_GRC[:, None].repeat(1, 1, shared, 1)
+        seen = kv.flatten(1).index_select(0, cells_GC.flatten())
+        k, v = seen.view(count, -1, 2, kv_heads, dim).permute(2, 0, 3, 1, 4)
+        bias = bias_GRC[:, None].repeat(1, 1, shared, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        y = y.view(groups, kv_heads, shared, width, dim).permute(0, 3, 1, 2, 4)
-        outs.append(y.reshape(groups * width, heads * dim))
+        y = y.view(count, kv_heads, shared, width, dim).permute(0, 3, 1, 2, 4)
+        outs.append(y.reshape(count * width, heads * dim))
     y = torch.cat(outs) if len(outs) > 1 else outs[0]
-    return y if rows.places is None else y[rows.places]
+    return y if places is None else y[places]
 
 
 def rotary(config: Config, positions: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from plait.engines import calls
 from plait.engines.calls import Delivery, Part
 from plait.engines.sampling import Sampler
-from plait.engines.torch.batch import Piece, assemble
+from plait.engines.torch.batch import Piece, assemble, assemble_padded
 from plait.engines.torch.blocks import Cells, Node, Pool
 from plait.engines.torch.model import Decoder
 from plait.errors import EngineError, EngineUnavailable
@@ -165,6 +165,7 @@ class Scheduler:
             of their tokens by no more than this.
         flush_s: Calls that go on sampling are heard of this often.
         threads: CPU threads of torch; None leaves them as they are.
+        padded: Whether steps that only sample are padded to few sizes, for a decoder that is compiled.
     """
 
     def __init__(
@@ -180,7 +181,9 @@ class Scheduler:
         prefill_rows: int,
         flush_s: float,
         threads: int | None,
+        padded: bool = False,
     ) -> None:
+        self._padded = padded
         self._decoder, self.pool, self._sampler = decoder, pool, sampler
         self._wake, self._post, self._close = wake, post, close
         self._max_seqs, self._prefill_rows, self._flush_s, self._threads = max_seqs, prefill_rows, flush_s, threads
@@ -370,14 +373,15 @@ class Scheduler:
                 self._make_way(call)
         if not self.live:
             return  # the only call starts anew
-        rows = assemble(
-            step.pieces,
-            [step.last[call] for call in self.slots],
-            device=self._decoder.device,
-            dtype=self._decoder.dtype,
-        )
+        outputs = [step.last[call] for call in self.slots]
+        where = {"device": self._decoder.device, "dtype": self._decoder.dtype}
+        if self._padded and step.only_samples:
+            spare = self.pool.num_blocks * self.pool.block_size
+            rows = assemble_padded(step.pieces, outputs, spare=spare, **where)
+        else:
+            rows = assemble(step.pieces, outputs, **where)
         try:
-            logits = self._decoder.forward(rows, self._cache).cpu().numpy()
+            logits = self._decoder.forward(rows, self._cache)[: len(outputs)].cpu().numpy()
         except RuntimeError as exc:
             # Such as no memory. Nobody knows what the cells hold, so every call fails and the cache starts anew.
             self._fail(EngineError(f"a forward pass of the torch engine failed: {exc}"))
@@ -458,6 +462,8 @@ class _Step:
 
     def __init__(self, quota: int, filling: int) -> None:
         self._quota, self._filling = quota, filling
+        self.only_samples = True
+        """Whether nothing is computed but the next token of calls."""
         self.pieces: list[Piece] = []
         self.rows = 0
         self.last: dict[Call, int] = {}
@@ -472,4 +478,5 @@ class _Step:
     def add(self, piece: Piece, *, given: bool = False) -> None:
         self.pieces.append(piece)
         self.rows += len(piece.token_ids)
+        self.only_samples = self.only_samples and not given
         self._quota -= len(piece.token_ids) if given else 0
