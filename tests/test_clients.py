@@ -58,7 +58,7 @@ def server() -> Iterator[Running]:
 def test_schemathesis_finds_no_failure(server: Running, tmp_path: Path) -> None:
     run(
         *(program("schemathesis"), "run", f"{server.url}/openapi.json", "--no-color", "--seed", "1"),
-        *("--max-examples", "10", "--request-timeout", "60", "--max-time", "240"),
+        *("--max-examples", "10", "--request-timeout", "60", "--max-time", "300"),
         # What is a question, and which texts a vocabulary has, no JSON schema can say: those are refused with a 400.
         *("--exclude-checks", "positive_data_acceptance"),
         cwd=tmp_path,
