@@ -95,7 +95,7 @@ def test_an_evaluation_runs_in_this_process(tmp_path: Path) -> None:
     check(evaluate(tmp_path, model, max_connections=1))
 
 
-def test_an_evaluation_runs_on_a_server(tmp_path: Path) -> None:
+def test_an_evaluation_runs_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server_tests = pytest.importorskip("test_server", reason="needs the serve extra")
     import plait
 
@@ -104,7 +104,9 @@ def test_an_evaluation_runs_on_a_server(tmp_path: Path) -> None:
     with server_tests.serving(served, api_keys=(entry,)) as server:
         model = get_model("plait/plait-tiny", base_url=f"{server.url}/v1", api_key=key, memoize=False)
         check(evaluate(tmp_path, model))
-        line = get_model("plait/plait-tiny", base_url=f"{server.url}/v1", api_key=key, max_threads=0, memoize=False)
+        monkeypatch.setenv("PLAIT_API_KEY", key)
+        monkeypatch.setenv("PLAIT_BASE_URL", f"{server.url}/v1")
+        line = get_model("plait/plait-tiny", max_threads=0, memoize=False)
         log = evaluate(tmp_path, line)
         assert log.samples is not None
         assert all((s.output.metadata or {})["plait"]["threads"] == 0 for s in log.samples)

@@ -77,6 +77,7 @@ class PlaitAPI(ModelAPI):
         **model_args: Any,
     ) -> None:
         super().__init__(model_name, base_url or os.environ.get(ADDRESS_VARIABLE), api_key, [KEY_VARIABLE], config)
+        self.api_key = self.api_key or os.environ.get(KEY_VARIABLE)
         here = () if self.base_url else ("engine", "engine_options")
         for name in model_args:
             if name not in (*LIMITS, *here):
