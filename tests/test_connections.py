@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from plait.server import ServeConfig
+from plait.server.connection import Connection
 from server_process import asks, cut, reply_length
 from test_server import QUESTION, Running, gold, raw_post, serving, slow, until
 from test_server import ask as question
@@ -90,6 +92,12 @@ def test_there_are_only_so_many_connections_and_headers(impatient: Running) -> N
         assert server.get("/health").status_code == 200
     reply = impatient.get("/health", headers={f"x-{i}": "y" for i in range(30)})
     assert (reply.status_code, reply.json()["error"]["code"]) == (431, "too_many_headers")
+
+
+def test_there_are_no_more_connections_than_files_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plait.server.connection._open_files", lambda: 100)
+    for asked, most in ((1000, 36), (20, 20)):
+        assert Connection.within(ServeConfig(max_connections=asked)).keywords["limits"].max_connections == most
 
 
 @pytest.mark.parametrize(

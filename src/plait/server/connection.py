@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from plait.server.config import ServeConfig
 from plait.server.refusal import Refusal, body_of
 
 _PHRASES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Overloaded"}
+_OTHER_FILES = 64
+"""That a server opens beside its connections."""
 
 
 class Connection(H11Protocol):
@@ -38,7 +41,8 @@ class Connection(H11Protocol):
     @classmethod
     def within(cls, limits: ServeConfig) -> Any:
         """The class as uvicorn calls it."""
-        return partial(cls, limits=limits)
+        most = min(limits.max_connections, max(16, _open_files() - _OTHER_FILES))
+        return partial(cls, limits=replace(limits, max_connections=most))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -113,3 +117,13 @@ class Connection(H11Protocol):
         lines += [f"{name}: {value}" for name, value in (headers | refusal.headers).items()]
         self.transport.write("\r\n".join([*lines, "", body]).encode())
         self.transport.close()
+
+
+def _open_files() -> int:
+    """How many files the process may have open; beyond that, accepting a connection fails."""
+    try:
+        import resource
+    except ImportError:
+        return 1 << 16
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 16 if soft == resource.RLIM_INFINITY else soft
