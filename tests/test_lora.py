@@ -138,9 +138,8 @@ def test_an_adapter_that_does_not_fit_llamacpp_is_refused(
 )
 def test_torch_adds_an_adapter_to_its_weights(tmp_path: Path, config: dict[str, Any], factor: float) -> None:
     pytest.importorskip("torch")
-    from test_torch_engine import CONFIG, make
-
     from plait.engines.torch import TorchEngine
+    from test_torch_engine import CONFIG, make
 
     by_hand = TorchEngine.from_weights(merged(factor), CONFIG, device="cpu", cells=512)
     assert_alike(said(make(lora=write_peft_adapter(tmp_path / "adapter", **config))), said(by_hand), plain=said(make()))
