@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import anyio
 
@@ -53,7 +53,7 @@ class FormatCase:
         """Control tokens, what stands beside them, and a few characters."""
         return palette(self.format, self.tokenizer, self.tags)
 
-    def replayed(self, tree: Tree, budget: Budget = _FREE, **timing: int) -> Tree:
+    def replayed(self, tree: Tree, budget: Budget = _FREE, **timing: Any) -> Tree:
         """What the runtime makes of a model that says what a tree says."""
         request = Request(prompt_ids=self.drawn.prompt_ids, budget=budget)
 
