@@ -112,9 +112,10 @@ async def soak(server: Server, result: Soak, *, seed: int = 0, say: bool = True)
     """Hold the streams, for the time; then let the server drain."""
     probe, rng = Probe(server.port), random.Random(seed)
     menu = asks(result.engine)
-    for ask in menu:
-        # What is loaded and cached once is no growth.
-        await answered(server.port, ask, Answered())
+    async with anyio.create_task_group() as clients:
+        for ask in menu:
+            # What is loaded and cached once is no growth.
+            clients.start_soon(answered, server.port, ask, Answered())
     before = await at_rest(probe)
     samples: list[dict[str, float]] = []
     until = time.monotonic() + 60 * result.minutes
