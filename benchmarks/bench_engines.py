@@ -110,21 +110,20 @@ async def opened(name: str, weights: Weights, most: int, folder: Path) -> AsyncG
         yield Subject(name=name, joins=joins, measure=partial(block, engine))
 
 
-def models(names: list[str], folder: Path) -> list[Weights]:
+def models(names: list[str], folder: Path, cores: int | None) -> list[Weights]:
     out: list[Weights] = []
     if "embedded" in names:
         path = load_model(EMBEDDED).path
         assert path is not None
-        out.append(Weights(name="embedded", path=path, embedded=True, cores=None, line_tokens=1024))
+        out.append(Weights(name="embedded", path=path, embedded=True, cores=cores, line_tokens=1024))
     if "public" in names:
-        cores = len(os.sched_getaffinity(0))
         source = public()
         out += [
             Weights(
                 name=f"135M-{dtype}",
                 path=requantised(source, dtype, folder / f"135M-{dtype}.gguf"),
                 embedded=False,
-                cores=cores,
+                cores=cores or len(os.sched_getaffinity(0)),
                 line_tokens=0,
             )
             for dtype in ("Q4_0", "Q8_0")
@@ -208,7 +207,7 @@ async def rounds(
 async def main(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for weights in models(args.models, Path(folder)):
+        for weights in models(args.models, Path(folder), args.cores):
             rows += await compare(weights, args, Path(folder))
     if args.json:
         print(json.dumps(rows))
@@ -226,6 +225,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a thread in the first table")
     parser.add_argument("--block", type=lambda t: tuple(int(n) for n in t.split("x")), default=(4, 200), help="4x200")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, help="CPU threads of every engine; default: what suits the model's size")
     parser.add_argument("--quick", action="store_true", help="1, 4 and 8 threads, three rounds")
     parser.add_argument("--json", action="store_true", help="the rows as a JSON list on the last line")
     args = parser.parse_args()

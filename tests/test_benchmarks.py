@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bench_forkjoin
 from blocks import block, cells, head, medians, prefix_ids
+from raw_llama import RawLlama
 
 from plait.engines.llamacpp import LlamaCppEngine
 from plait.models import load_model
@@ -53,3 +54,18 @@ async def test_the_last_line_of_a_benchmark_is_its_rows(capsys: pytest.CaptureFi
         ("llamacpp", join, threads) for join in ("merge", "concat") for threads in (1, 4, 8)
     }
     assert all({"prefilled_again", "speedup_wall"} <= row.keys() for row in rows)
+
+
+async def test_llama_cpp_by_hand_measures_the_same_columns() -> None:
+    path = load_model().path
+    assert path is not None
+    raw = RawLlama(path, cells=1024, threads=1)
+    try:
+        measured = await raw.block("merge", 3, 5, prefix_ids(20, 0))
+        async with LlamaCppEngine(path, threads=1) as engine:
+            through_plait = await block(engine, "merge", 3, 5, prefix_ids(20, 0))
+    finally:
+        raw.close()
+    assert measured.keys() == through_plait.keys()
+    assert measured["prefilled_again"] == 0
+    assert min(measured[key] for key in ("tokens_per_s", "join_ms", "block_ms", "line_ms")) > 0
