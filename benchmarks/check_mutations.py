@@ -77,7 +77,7 @@ async def check(state: State, outputs: int, *, progress: bool, out: Path | None)
     while state.mutated < outputs and len(state.failures) < MAX_FAILURES:
         name, of_format = runs[number // step % len(runs)]
         try:
-            with anyio.fail_after(120):
+            with anyio.fail_after(1800):
                 told = await of_format.run(number)
         except Exception as exc:
             state.failures.append(f"run {number} ({name}): {type(exc).__name__}: {exc}")
