@@ -12,14 +12,17 @@ from plait.train.metrics import MetricsFile, open_sinks
 from plait.train.watch import Watch
 
 
-def test_a_metrics_file_forgets_what_is_ahead_of_the_checkpoint(tmp_path: Path) -> None:
+def test_a_metrics_file_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, step=0)
+    file = MetricsFile(path, size=0)
+    sizes = [file.size]
     for step in range(1, 5):
         file.write({"step": step, "loss": 1 / step})
+        sizes.append(file.size)
     path.write_text(path.read_text() + '{"step": 5, "lo')
-    MetricsFile(path, step=2).write({"step": 3, "loss": 0.0})
+    MetricsFile(path, size=sizes[2]).write({"step": 3, "loss": 0.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert MetricsFile(path, size=0).size == 0, "a run that begins has no past"
 
 
 class FakeDashboard(ModuleType):

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.torch
 
 import toy_rl  # noqa: E402
 from plait.commands.trace import show  # noqa: E402
+from plait.commands.view import view  # noqa: E402
 from plait.engines.scripted import ScriptedEngine  # noqa: E402
 from plait.errors import EngineError, ModelError, RequestError  # noqa: E402
 from plait.tasks.vocabulary import TOKENIZER  # noqa: E402
@@ -249,6 +250,9 @@ def test_sample_trees_are_logs_that_trace_show_reads(tmp_path: Path, capsys: pyt
     assert "copy " in shown
     assert "at step 0" in shown
     assert "2 threads in 1 fork" in shown
+    page = tmp_path / "samples.html"
+    assert view([str(tmp_path / "samples" / name) for name in names], html=str(page)) == 0
+    assert "at step 2" in page.read_text()
 
 
 def test_a_collapse_is_warned_of(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +54,11 @@ def load(path: Path, *, format: str | None = None) -> dict[str, Any]:
     if format is not None and format != trained:
         raise ModelError(f"{path} was trained in the {trained} format; it gives wrong answers in {format}")
     return state
+
+
+def metrics_size(saved: Mapping[str, Any] | None) -> int:
+    """Bytes of `metrics.jsonl` that belong to a checkpoint: none without one, all where it does not say."""
+    return 0 if saved is None else saved.get("metrics", sys.maxsize)
 
 
 def load_model(path: Path, *, format: str | None = None) -> Decoder:

@@ -6,6 +6,7 @@ A dashboard is a `Sink`: three exist, each imported only where it is named. Know
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -25,16 +26,19 @@ class MetricsFile:
     """One JSON object a line, each with its `step`; readable at any moment.
 
     Args:
-        path: The file; what it holds beyond `step` is forgotten, for a run that was cut off does those steps again.
-        step: The last one that is kept.
+        path: The file; what it holds beyond `size` is forgotten, for a run that was cut off does those steps again.
+        size: `size` when the checkpoint was written that the run goes on from; 0 for a run that begins.
     """
 
-    def __init__(self, path: Path, *, step: int) -> None:
+    def __init__(self, path: Path, *, size: int) -> None:
         self.path = path
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            path.write_text("".join(kept), encoding="utf-8")
+            os.truncate(path, min(size, path.stat().st_size))
+
+    @property
+    def size(self) -> int:
+        """Bytes so far: kept in checkpoints, so that no line is lost or doubled by a kill between the two."""
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -169,7 +169,7 @@ class _Run:
         if config.compile and machine.has_compiler():
             self.model.compile_parts()
         (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        self.metrics = MetricsFile(out / "metrics.jsonl", step=self.progress.step)
+        self.metrics = MetricsFile(out / "metrics.jsonl", size=checkpoint.metrics_size(saved))
         self.sinks = open_sinks(config.log.sinks, out=out, config=asdict(config))
 
     async def go(self, stop_after_steps: int | None) -> RunResult:
@@ -399,9 +399,9 @@ class _Run:
         self.scores = {"start": self.scores.get("start", scores), **scores}
         progress.evals = int(self._done() * self.config.eval.times + 1e-9) + 1
         self._export()
+        self.metrics.write({"step": progress.step, "eval": scores, "eval_s": round(time.monotonic() - began, 2)})
         self._save()
         self.say(f"step {progress.step}  held out, greedy: {json.dumps(scores['all'])}")
-        self.metrics.write({"step": progress.step, "eval": scores, "eval_s": round(time.monotonic() - began, 2)})
         for sink in self.sinks:
             sink.write(progress.step, {f"eval/{name}": value for name, value in scores["all"].items()})
 
@@ -417,6 +417,7 @@ class _Run:
                 "reference": self.reference.state_dict() if self.reference is not None else None,
                 "progress": asdict(self.progress),
                 "scores": self.scores,
+                "metrics": self.metrics.size,
                 "watch": self.watch.state(),
                 "pending": [[r.state() for r in group] for group in self.pending] if self.pending else None,
             },

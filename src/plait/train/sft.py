@@ -144,7 +144,7 @@ class _Run:
         self._compile()
         self.held_out = {name: self._held_out(name) for name in config.data.mixture}
         (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        self.metrics = MetricsFile(out / "metrics.jsonl", step=self.progress.step)
+        self.metrics = MetricsFile(out / "metrics.jsonl", size=checkpoint.metrics_size(saved))
         self.sinks = open_sinks(config.sinks, out=out, config=asdict(config))
 
     def go(self, stop_after_steps: int | None) -> Outcome:
@@ -233,12 +233,12 @@ class _Run:
         if self.on_eval is not None:
             self.scores["decoded"] = dict(self.on_eval(self.gguf, p.step))
             self._export()
+        self.metrics.write({"eval": self.scores, "step": p.step, "eval_s": round(time.monotonic() - began, 2)})
         self._save()
         shown = "  ".join(f"{n} {s['exact']:.1%} ({s['token']:.2%})" for n, s in forced.items())
         self.say(f"step {p.step}  held out, exact traces (tokens): {shown}  [{time.monotonic() - began:.0f} s]")
         if "decoded" in self.scores:
             self.say(f"step {p.step}  decoded: {json.dumps(self.scores['decoded'])}")
-        self.metrics.write({"eval": self.scores, "step": p.step, "eval_s": round(time.monotonic() - began, 2)})
 
     def _forced_scores(self, examples: list[list[TrieBatch]]) -> dict[str, float]:
         """Loss, share of tokens and share of whole traces that greedy sampling would write as the gold trace does."""
@@ -277,6 +277,7 @@ class _Run:
                 "stream": self.stream.state(),
                 "progress": asdict(self.progress),
                 "scores": self.scores,
+                "metrics": self.metrics.size,
             },
         )
 

@@ -239,7 +239,7 @@ class _Run:
         self.sinks = []
         if ranks.first:
             (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
-            self.metrics = MetricsFile(out / "metrics.jsonl", step=self.progress.step)
+            self.metrics = MetricsFile(out / "metrics.jsonl", size=checkpoint.metrics_size(saved))
             self.sinks = open_sinks(config.sinks, out=out, config=asdict(config))
 
     def go(self, stop_after_steps: int | None) -> Outcome:
@@ -342,6 +342,7 @@ class _Run:
                     "optimisers": states,
                     "stream": self.stream.state(),
                     "progress": asdict(self.progress),
+                    "metrics": self.metrics.size,
                 },
             )
         self.ranks.barrier()
