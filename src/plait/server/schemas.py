@@ -46,7 +46,7 @@ Zero = Annotated[Literal[0], _only(int)]
 class _Body(BaseModel):
     # Strict: a number in quotes, or a 1 for true, is a mistake of the caller's. A string that is too long is told so
     # before its body is too large, however it is escaped.
-    model_config = ConfigDict(extra="ignore", str_max_length=100_000, strict=True)
+    model_config = ConfigDict(extra="ignore", str_max_length=1 << 16, strict=True)
 
 
 class PlaitOptions(BaseModel):
