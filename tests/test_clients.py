@@ -25,7 +25,7 @@ from test_server import Running, gold, serving
 
 pytestmark = [
     pytest.mark.servers,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:litellm"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -43,7 +43,7 @@ def program(name: str) -> str:
 
 
 def run(*command: str, cwd: Path, **environ: str) -> str:
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True, timeout=550)
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     return done.stdout
 
@@ -85,7 +85,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 CHOOSE = """
 output_type: multiple_choice
-doc_to_choice: "{{choices}}"
+doc_to_choice: choices
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
