@@ -235,11 +235,8 @@ class Lanes extends Plane {
 
   // Whether a thread, from its fork to its join, is in view and wide enough for its strands.
   _near(thread) {
-    const own = thread.segments, joiners = this.run.joiners(thread);
-    let [from] = this.ends(own[0]), [, to] = this.ends(own[own.length - 1]);
-    if (own[0].opens && own[0].parent !== null) from = Math.min(from, this.ends(this.run.segments.get(own[0].parent))[1]);
-    for (const s of joiners) to = Math.max(to, this.ends(s)[0]);
-    return to >= this.gutter - 20 && from <= this.width && (to - from > 5 || !joiners.length);
+    const [a, b] = this.reach(thread), from = this.x(a), to = this.x(b);
+    return to >= this.gutter - 20 && from <= this.width && (to - from > 5 || !this.run.joiners(thread).length);
   }
 
   // What leads into a thread's bars and out of them: the fork it came from, its waits, the joins that read it.
@@ -298,9 +295,9 @@ class Lanes extends Plane {
     const pad = this.row >= 40 ? 7 : this.row >= 24 ? 5 : this.row >= 14 ? 3 : 1, h = this.row - 2 * pad;
     let drawn = -Infinity;
     for (const s of row.segments) {
-      if (!this.began(s)) continue;
-      const [from, to] = this.bar(s);
       // One of several inside a pixel stands for all.
+      if ((!this.before && this.x(this.to(s)) < Math.max(drawn + 0.4, this.gutter - 20)) || !this.began(s)) continue;
+      const [from, to] = this.bar(s);
       if (to < this.gutter - 20 || from > this.width || to < drawn + 0.4) continue;
       drawn = to;
       const middle = this._middle(this.run.threads.get(s.thread));

@@ -134,6 +134,26 @@ class Plane {
     return [from, Math.max(to, from + 1.5)];
   }
 
+  // From its fork to its last join: what of the axis a thread takes. Kept once the run does not change.
+  reach(thread) {
+    if (!this.run.finished) return this._reached(thread);
+    if (this._reachOf !== this.axis) {
+      this._reachOf = this.axis;
+      this._reach = new Map();
+    }
+    let reach = this._reach.get(thread);
+    if (!reach) this._reach.set(thread, reach = this._reached(thread));
+    return reach;
+  }
+
+  _reached(thread) {
+    const own = thread.segments, first = own[0], parent = first.opens && this.run.segments.get(first.parent);
+    let from = this.from(first), to = this.to(own[own.length - 1]);
+    if (parent) from = Math.min(from, this.to(parent));
+    for (const s of this.run.joiners(thread)) to = Math.max(to, this.from(s));
+    return [from, to];
+  }
+
   // From a place on the axis to pixels inside a segment's bar, which is a little shorter than the segment.
   inside(s) {
     const [from, to] = this.bar(s), start = this.from(s), size = Math.max(1e-9, this.to(s) - start);
