@@ -24,6 +24,10 @@ from plait.server.service import Asked, Service
 
 log = logging.getLogger("plait.server")
 DONE = "[DONE]"
+_SLACK_S = 10.0
+"""A run ends by its deadline; a client that does not read it to its end gets so much longer."""
+
+
 def documented(model: type[BaseModel] | None = None) -> Any:
     """What the schema says of a route whose answer is a `Reply`.
 
@@ -35,8 +39,6 @@ def documented(model: type[BaseModel] | None = None) -> Any:
         reply["model"] = model
     kind = Response if model is None else JSONResponse
     return {"status_code": 200, "response_class": kind, "responses": {200: reply}}
-_SLACK_S = 10.0
-"""A run ends by its deadline; a client that does not read it to its end gets so much longer."""
 
 
 async def asked(request: HttpRequest) -> Asked:
