@@ -8,6 +8,9 @@ Model arguments (`-M NAME=VALUE`) are the limits of `plait.types.Budget`; in thi
 `engine_options`, a mapping.
 """
 
+# inspect-ai is not among what the types are checked with.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import os

@@ -6,13 +6,24 @@ rate serves both, Liu et al. 2025 (arXiv:2502.16982); AdamW (arXiv:1711.05101).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 
 from plait.train.config import OptimiserConfig
-from plait.train.model import Decoder
 
 
-def optimisers(model: Decoder, config: OptimiserConfig) -> list[torch.optim.Optimizer]:
+class Layered(Protocol):
+    """A model whose matrices are those of its layers."""
+
+    @property
+    def layers(self) -> torch.nn.ModuleList: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+
+def optimisers(model: Layered, config: OptimiserConfig) -> list[torch.optim.Optimizer]:
     """One optimiser for each rule that `config.name` stands for; together they cover every weight once."""
     matrices = list[torch.nn.Parameter]()
     if config.name == "muon":

@@ -8,6 +8,9 @@ rollout: TRL's loss is a mean over all trained tokens, so this is P-GRPO. The we
 transfer. Facts: TRL 1.16. Knows nothing of models.
 """
 
+# TRL is not among what the types are checked with.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import queue

@@ -7,6 +7,9 @@ The harness samples from the run's model server by token ids, and writes the tra
 speaks messages, and a thread's context is not one: it goes on in the middle of what its parent wrote.
 """
 
+# verifiers is not among what the types are checked with.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from typing import Any

@@ -8,6 +8,9 @@ compares with `algorithm.adv_estimator=grpo` one output a rollout, so rollouts w
 group. Facts: verl 0.9.1. Knows nothing of which server runs behind `LLMServerClient`.
 """
 
+# verl is not among what the types are checked with.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
