@@ -303,11 +303,14 @@ def test_tasks_show_examples_with_their_gold_traces() -> None:
 
 
 @pytest.mark.parametrize("name", ["sft", "rl"])
-def test_training_without_torch_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_training_without_torch_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
     for module in ("torch", f"plait.train.{name}"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delattr(plait_train, name, raising=False)
-    result = plait("train", name, "config.toml")
+    (tmp_path / "config.toml").touch()
+    result = plait("train", name, str(tmp_path / "config.toml"))
     assert result.exit_code == 2
     assert "pip install 'plait[train]'" in result.stderr
 

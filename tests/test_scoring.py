@@ -40,7 +40,7 @@ async def test_what_a_model_sampled_scores_as_it_was_sampled() -> None:
                 logprobs += chunk.logprobs
         scored = await score(engine, (*prompt, *ids), vocab_size=size)
         assert len(scored) == len(prompt) + len(ids)
-        assert [one.logprob for one in scored[len(prompt) - 1 : -1]] == pytest.approx(logprobs, abs=TOLERANCE)
+        assert [one.logprob for one in scored[len(prompt) - 1 : -1]] == pytest.approx(logprobs, abs=TOLERANCE, rel=0.01)
         assert scored[-1].logprob is None
         assert all(one.logprob <= one.top_logprob for one in scored if one.logprob is not None)
         unlike = [one for one, id in zip(scored, (*prompt, *ids)[1:], strict=False) if one.top_id != id]
