@@ -60,7 +60,7 @@ class Countdown:
             question=f"Use {spoken} to make {target}",
             answer=solution,
             forks=len(numbers) > 2,
-            shape={"numbers": len(numbers), "solvable": solution != "none"},
+            shape={"numbers": len(numbers), "solvable": solution != "none", "reports": self.reports},
         )
 
     def parse(self, text: str) -> Problem | None:
@@ -114,7 +114,7 @@ class Countdown:
 
     def within(self, problem: Problem, max_threads: int | None, *, plait: bool) -> Trajectory:
         """In the plait format its threads race, and return the equations that they found."""
-        trace = self.parallel(problem) if not plait else replace(self, reports=False).parallel(problem)
+        trace = self._block(problem, reports=not plait and bool(problem.shape["reports"]))
         block = trace[0]
         assert isinstance(block, Block), "a solution begins with its block"
         if max_threads is not None and len(block.threads) > max_threads:
@@ -144,8 +144,11 @@ class Countdown:
         return (";".join(threads[: found + 1]), *answer(problem.answer))
 
     def parallel(self, problem: Problem) -> Trajectory:
+        return self._block(problem, reports=bool(problem.shape["reports"]))
+
+    def _block(self, problem: Problem, *, reports: bool) -> Trajectory:
         labels, threads = self._threads(problem)
-        if self.reports:
+        if reports:
             threads = [t if v == "none" else f"{t}={v}" for t, (_, v) in zip(threads, self.told(problem), strict=True)]
         block = Block(outlines=tuple(labels), threads=tuple((t,) for t in threads))
         return (block, *answer(problem.answer))
