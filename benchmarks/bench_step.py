@@ -1,10 +1,10 @@
 """What a step of the llama.cpp engine costs, and what a fork and a join add to it.
 
-    python benchmarks/bench_step.py [--runs 7] [--threads 1] [--dtype Q8_0] [--json]
+    python benchmarks/bench_step.py [--runs 7] [--threads 1] [--dtype Q8_0] [--width 128] [--json]
 
-A random Llama of the embedded model's shape (1.8M parameters; time does not depend on the weights) is written as GGUF
-in F32, F16 and Q8_0. First table: microseconds a step at 1 to 16 rows, in all and inside llama.cpp; the difference is
-what Python adds. Second table: one block as a problem has it (a prompt, four threads of 30 tokens, a merge join, a
+A random Llama of the embedded model's shape (time does not depend on the weights), or of another width, is written as
+GGUF in F32, F16 and Q8_0. First table: microseconds a step at 1 to 16 rows, in all and inside llama.cpp; the difference
+is what Python adds. Second table: one block as a problem has it (a prompt, four threads of 30 tokens, a merge join, a
 conclusion), the Python time of the fork and of the join, the way from the last thread's stop to the parent's next
 token, and the same number of tokens in one line. Medians over the runs with their range; nothing else should run.
 """
@@ -28,26 +28,30 @@ from plait.engines.llamacpp import LlamaCppEngine
 from plait.train.gguf import write_gguf
 from plait.types import Context, Merge
 
-CONFIG = {
-    "vocab_size": 64,
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "max_position_embeddings": 2048,
-}
 PROMPT, HEADER, THREADS, LENGTH, CONCLUSION = tuple(range(24)), 3, 4, 30, 10
 
 
-def random_weights() -> dict[str, Any]:
+def shape(width: int) -> dict[str, int]:
+    """Four layers, heads of 64, three times as many hidden units."""
+    return {
+        "vocab_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": 2048,
+    }
+
+
+def random_weights(config: dict[str, int]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    width, hidden = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    width, hidden = config["hidden_size"], config["intermediate_size"]
 
     def matrix(rows: int, columns: int) -> Any:
         return (rng.standard_normal((rows, columns)) * 0.05).astype(np.float32)
 
     tensors = {"model.embed_tokens.weight": matrix(64, width), "model.norm.weight": np.ones(width, np.float32)}
-    for i in range(CONFIG["num_hidden_layers"]):
+    for i in range(config["num_hidden_layers"]):
         at = f"model.layers.{i}."
         tensors |= {f"{at}self_attn.{n}_proj.weight": matrix(width, width) for n in "qkvo"}
         tensors |= {f"{at}mlp.{n}_proj.weight": matrix(hidden, width) for n in ("gate", "up")}
@@ -129,7 +133,8 @@ async def main(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {"options": options, "steps": {}, "blocks": {}}
     with tempfile.TemporaryDirectory() as folder:
         dtypes = [args.dtype] if args.dtype else ["F32", "F16", "Q8_0"]
-        paths = {d: write_gguf(Path(folder) / f"{d}.gguf", random_weights(), CONFIG, dtype=d) for d in dtypes}
+        config = shape(args.width)
+        paths = {d: write_gguf(Path(folder) / f"{d}.gguf", random_weights(config), config, dtype=d) for d in dtypes}
         print("| weights | rows | step us | llama.cpp us | Python us |\n|---|---|---|---|---|")
         for dtype, path in paths.items():
             for rows in (1, 2, 4, 8, 16):
@@ -155,6 +160,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["F32", "F16", "Q8_0"])
+    parser.add_argument("--width", type=int, default=128, choices=range(64, 1025, 64), metavar="64*N")
     parser.add_argument("--flash", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--json", action="store_true")
     anyio.run(main, parser.parse_args())
