@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -13,7 +14,7 @@ import tiny_llama
 from plait.engines.scoring import score
 from plait.engines.scripted import ScriptedEngine
 from plait.errors import ContextLengthError, RequestError
-from plait.types import SamplingParams
+from plait.types import Chunk, Context, SamplingParams, StopReason
 
 MODEL = "plait-tiny-sequential"
 TOLERANCE = 0.02
@@ -75,6 +76,22 @@ async def test_an_engine_whose_logprobs_come_after_bans_is_refused() -> None:
         with pytest.raises(RequestError, match="at least one"):
             await score(engine, (), vocab_size=64)
         assert engine.stats().active == 0
+
+
+class Rounding(ScriptedEngine):
+    """Two tokens are equally likely; one call says 0.51 of the first, another 0.52 of the second."""
+
+    async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+        id, p = (1, 0.52) if params.banned_ids else (0, 0.51)
+        yield Chunk(token_ids=(id,), logprobs=(math.log(p),), stop=StopReason.LENGTH)
+
+
+@pytest.mark.anyio
+async def test_two_calls_that_round_otherwise_are_scored_all_the_same() -> None:
+    async with Rounding(max_context=8) as engine:
+        first, last = await score(engine, (0, 1), vocab_size=2)
+    assert (first.top_id, first.logprob, first.top_logprob) == (0, math.log(0.51), math.log(0.51))
+    assert (last.top_id, last.logprob) == (0, None)
 
 
 server_tests = pytest.importorskip("test_server", reason="needs the serve extra")

@@ -19,8 +19,8 @@ from plait.errors import EngineError, Failures, RequestError
 from plait.types import SamplingParams
 
 _AT_ONCE = 16
-_SLACK = 1e-3
-"""Rounding, of two probabilities that together are at most one."""
+_SURE = 0.999
+"""A probability that only the likeliest token can have, however two calls round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ async def _after(engine: Engine, ids: tuple[int, ...], count: int, vocab_size: i
     others = tuple(id for id in range(vocab_size) if id != ids[count])
     given, logprob = await _next(engine, ids[:count], others)
     # The only token that was left has all of the probability where bans come first.
-    if given != ids[count] or math.exp(top) + math.exp(logprob) > 1 + _SLACK:
+    if given != ids[count] or math.exp(logprob) > _SURE:
         raise RequestError(
             f"the {engine.name} engine cannot score a given text: its log-probabilities are those after bans. The"
             " llamacpp and torch engines can"
