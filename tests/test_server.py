@@ -277,6 +277,32 @@ def test_openais_client_reads_the_errors(server: Running) -> None:
         server.client().chat.completions.create(model="gold-multiverse", stream=True, **ask("hello"))
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/plait/runs", "GET, POST"),
+        ("TRACE", "/plait/runs/some/log", "GET"),
+        ("GET", "/v1/chat/completions", "POST"),
+        ("DELETE", "/v1/models/some", "GET"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+    ],
+)
+def test_a_method_that_a_path_has_not_is_told_all_that_it_has(
+    server: Running, method: str, path: str, allowed: str
+) -> None:
+    reply = server.http.request(method, path)
+    assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+    assert reply.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_null_for_the_plait_field_is_its_default_and_the_schema_says_so(server: Running) -> None:
+    path = "/v1/chat/completions"
+    given = server.post(path, ask() | {"plait": None}).json()
+    assert given["usage"] == server.post(path, ask()).json()["usage"]
+    field = server.get("/openapi.json").json()["components"]["schemas"]["ChatRequest"]["properties"]["plait"]
+    assert {"type": "null"} in field["anyOf"]
+
+
 @pytest.mark.parametrize("raw", [b"{", b"[]", b'"x"', b"\xff", b"[" * 5000, b'{"messages": 1e999}', b""])
 def test_bodies_that_are_no_requests_are_refused(server: Running, raw: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/plait/runs"):

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from plait import __version__
@@ -50,8 +51,10 @@ def create_app(config: ServeConfig, served: Sequence[Served]) -> tuple[ASGIApp, 
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _failed)
     refusals: Any = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
-    for router in (_router(service), *(module.router for module in (chat, completions, responses, runs, tokens))):
+    routers = (_router(service), *(module.router for module in (chat, completions, responses, runs, tokens)))
+    for router in routers:
         app.include_router(router, responses=refusals)
+    app.state.routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     return Guard(app, service, keyring), service
 
 
@@ -108,7 +111,13 @@ async def _http_error(request: Request, exc: Exception) -> Response:
     words = {404: f"there is no {request.url.path[:100]!r}", 405: f"{request.method} is not possible here"}
     code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "invalid_request")
     refusal = Refusal(words.get(exc.status_code, str(exc.detail)), status=exc.status_code, code=code)
-    return JSONResponse(body_of(refusal), status_code=exc.status_code, headers=exc.headers)
+    headers = dict(exc.headers or {})
+    if exc.status_code == 405:
+        # The framework names the methods of the first route of this path; the others' are allowed too.
+        routes = [route for route in request.app.state.routes if route.matches(request.scope)[0] is not Match.NONE]
+        given = {method.strip() for method in headers.pop("Allow", "").split(",")} - {""}
+        headers["Allow"] = ", ".join(sorted(given.union(*(route.methods or () for route in routes))))
+    return JSONResponse(body_of(refusal), status_code=exc.status_code, headers=headers)
 
 
 async def _invalid(_: Request, exc: Exception) -> Response:

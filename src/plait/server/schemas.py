@@ -82,6 +82,13 @@ class PlaitOptions(BaseModel):
         return replace(most, **limits)
 
 
+def _some(value: Any) -> Any:
+    return PlaitOptions() if value is None else value
+
+
+_Options = Annotated[PlaitOptions, BeforeValidator(_some, json_schema_input_type=PlaitOptions | None)]
+
+
 class _Sampled(_Body):
     """What all requests may say of sampling."""
 
@@ -92,12 +99,7 @@ class _Sampled(_Body):
     seed: Seed | None = None
     stream: bool | None = None
     user: str | None = None
-    plait: PlaitOptions = PlaitOptions()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_null(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if k != "plait" or v is not None} if isinstance(data, dict) else data
+    plait: _Options = PlaitOptions()
 
 
 class StreamOptions(_Body):
