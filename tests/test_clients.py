@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,15 +56,27 @@ def server() -> Iterator[Running]:
         yield running
 
 
+SCHEMATHESIS = """
+[checks.negative_data_rejection]
+# Its own statuses, and 413: a list with too many items may be a body that is too large before it is read.
+expected-statuses = [400, 401, 403, 404, 405, 406, 409, 413, 415, 422, 428, 429, "5xx"]
+"""
+
+
 def test_schemathesis_finds_no_failure(server: Running, tmp_path: Path) -> None:
-    run(
+    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
+    said = run(
         *(program("schemathesis"), "run", f"{server.url}/openapi.json", "--no-color", "--seed", "1"),
-        *("--max-examples", "10", "--request-timeout", "60", "--max-time", "300"),
+        *("--max-examples", "10", "--request-timeout", "60"),
         # What is a question, and which texts a vocabulary has, no JSON schema can say: those are refused with a 400.
         *("--exclude-checks", "positive_data_acceptance"),
         cwd=tmp_path,
     )
-    assert server.metric("plait:requests_total") > 100
+    cases = re.search(r"(\d+) generated, (\d+) passed", said)
+    assert cases is not None, said[-3000:]
+    assert cases[1] == cases[2]
+    assert int(cases[1]) > 500
+    assert "Tested: 17" in said
 
 
 TASK = """
@@ -137,18 +150,21 @@ def test_lm_eval_generates_through_chat(server: Running, tmp_path: Path) -> None
     assert [sample["resps"][0][0] for sample in samples] == [row["target"] for row in QUESTIONS]
 
 
+SHORT = [{"context": "What is 3 + 4?", "target": "7"}, {"context": "What is 7 * 9?", "target": "63"}]
+"""Every token of a scored text is a call of the engine."""
+
+
 def test_lm_eval_compares_log_likelihoods(server: Running, tmp_path: Path) -> None:
     model = plait.load_model(TWIN)
     rows: list[dict[str, Any]] = []
-    for row in QUESTIONS[1:]:
+    for row in SHORT:
         # What the model itself wrote up to its answer; a wrong one goes on from the same text.
         body = {"model": TWIN, "prompt": row["context"], "temperature": 0}
         text = server.post("/v1/completions", body).json()["choices"][0]["text"]
         prompt = model.tokenizer.decode(model.request(row["context"]).prompt_ids[1:])
         context = prompt + text.partition("\nAnswer: ")[0]
-        wrong = [str(int(row["target"]) + more) for more in (1, 10)]
-        rows.append({"context": context, "choices": [f"\nAnswer: {n}" for n in (wrong[0], row["target"], wrong[1])]})
-        rows[-1]["target"] = 1
+        answers = (str(int(row["target"]) + 1), row["target"])
+        rows.append({"context": context, "choices": [f"\nAnswer: {n}" for n in answers], "target": 1})
     found, samples = lm_eval(server, tmp_path, CHOOSE, rows, model=TWIN, tokenizer_backend="remote")
     assert found["acc,none"] == 1.0
     # The same by hand, from the engine's own numbers.
@@ -176,7 +192,7 @@ def test_litellm_reads_reasoning_and_streams(server: Running) -> None:
         whole = litellm.completion(**asked)
         stream = list(litellm.completion(**asked, stream=True, stream_options={"include_usage": True}))
     message = whole.choices[0].message
-    assert message.content == "182522"
+    assert message.content == "182522", str(whole)
     assert message.reasoning_content.count("<Path>") == 3
     assert whole.choices[0].finish_reason == "stop"
     deltas = [chunk.choices[0].delta for chunk in stream if chunk.choices]
