@@ -7,6 +7,9 @@ Knows nothing of trees, data and losses. Facts: transformers 5.23, peft 0.21, to
 Shapes: R rows, T slots of a row, N hidden spans, V vocabulary, W trained slots.
 """
 
+# transformers and peft are not among what the types are checked with.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import copy
