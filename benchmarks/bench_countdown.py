@@ -86,7 +86,7 @@ LLAMA_TOKENS = {
     "<End Calling Sub Searches>": 9,
 }
 """Pieces of the SentencePiece vocabulary in each phrase; in a number one for each digit, in the rest one (a tag of the
-plait format counts as one, too). On 400 traces the sum was off by one token at most."""
+plait format counts as one, too). On 10 traces the sum was off by one token at most."""
 
 _GOAL = " equal: Goal Reached"
 _WEIGHTS = [len(word) if word.isdigit() else LLAMA_TOKENS.get(word, 1) for word in SEARCH.tokens]
