@@ -1,7 +1,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from plait.errors import RequestError, UnsupportedJoin
@@ -13,6 +13,7 @@ NO_MERGE = ("concat", "message")
 
 
 @given(st.integers(0, 10_000))
+@example(669)  # a thread with a context of its own begins like the prompt
 def test_each_sampled_token_is_trained_in_exactly_one_row_on_the_context_it_was_sampled_in(seed: int) -> None:
     tree = random_tree(seed, joins=NO_MERGE)
     trained: Counter[str] = Counter()

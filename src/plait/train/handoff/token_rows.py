@@ -112,9 +112,10 @@ def _row(tree: Tree, chain: list[Segment], prompt: tuple[int, ...]) -> TokenRow:
         ids += segment.sampled_ids
         mask += [1] * len(segment.sampled_ids)
         logprobs += segment.logprobs
-    at = len(prompt) if prompt and tuple(ids[: len(prompt)]) == prompt else 0
-    # A prompt of at least one token is what trainers require; here nothing before the first sampled token is trained.
-    at = at or mask.index(1)
+    # A prompt of at least one token is what trainers require; nothing before the first sampled token is trained, and a
+    # thread that does not see its parent may begin like the prompt by chance.
+    first = mask.index(1)
+    at = min(first, len(prompt)) if prompt and tuple(ids[: len(prompt)]) == prompt else first
     return TokenRow(
         thread=chain[0].thread,
         segments=tuple(s.id for s in chain if s.sampled_ids),
