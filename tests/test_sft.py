@@ -206,6 +206,19 @@ def test_a_run_starts_from_given_weights(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_run_with_a_larger_vocabulary_starts_from_what_the_smaller_one_learned(tmp_path):
+    first, _ = run(config_from(TINY), tmp_path / "a")
+    after = {"init": str(first.checkpoint), "schedule": {"steps": 1}, "optimiser": {"lr": 0.0}}
+    larger = {**TINY, **after, "data": {**TINY["data"], "vocabulary": "joins"}}
+    second, _ = run(config_from(larger), tmp_path / "b")
+    had, have = weights(first.checkpoint)["embed.weight"], weights(second.checkpoint)["embed.weight"]
+    assert len(have) > len(had)
+    assert torch.equal(have[: len(had)], had)
+    other = {**TINY, **after, "data": {**TINY["data"], "vocabulary": "search"}}
+    with pytest.raises(ModelError, match="vocabulary 'compact', whose ids mean something else in 'search'"):
+        run(config_from(other), tmp_path / "c")
+
+
 def test_a_config_reads_back_what_was_written(tmp_path):
     budget = {"threads": [0, 4], "tokens": [256]}
     config = config_from({**TINY, "init": 'a "b"', "data": {**TINY["data"], "budget": budget}})

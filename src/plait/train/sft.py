@@ -23,6 +23,7 @@ from torch import Tensor
 
 from plait.errors import ModelError, RequestError
 from plait.formats import format_class
+from plait.tasks.vocabulary import TOKENIZERS
 from plait.train import checkpoint, machine
 from plait.train.config import ScheduleConfig, SFTConfig, config_from, identity, load_config, to_toml
 from plait.train.data import Source, Stream, gold_source, num_problems
@@ -307,9 +308,19 @@ class _Run:
         return saved
 
     def _start_from(self, path: Path) -> None:
-        given = checkpoint.load_model(path)
+        """Take the weights of another run. Tokens that its vocabulary had not keep their random embeddings."""
+        given = checkpoint.load(path)
+        had, have = TOKENIZERS[given["config"]["data"]["vocabulary"]].tokens, self.config.data.tokenizer.tokens
+        if have[: len(had)] != had:
+            raise ModelError(
+                f"{path} was trained with the vocabulary {given['config']['data']['vocabulary']!r}, whose ids mean"
+                f" something else in {self.config.data.vocabulary!r}"
+            )
+        weights = checkpoint.model_of(given).state_dict()
         try:
-            self.model.load_state_dict(given.state_dict())
+            embed = self.model.embed.weight.detach().clone()
+            embed[: len(had)] = weights["embed.weight"][: len(had)]
+            self.model.load_state_dict(weights | {"embed.weight": embed})
         except RuntimeError as exc:
             raise ModelError(f"the weights of {path} do not fit [model]: {exc}") from exc
 
