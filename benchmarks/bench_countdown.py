@@ -2,7 +2,8 @@
 
     python benchmarks/bench_countdown.py gold   [--problems 300]
     python benchmarks/bench_countdown.py models --apr runs/apr/model.gguf --serial runs/sos/model.gguf [--wide ...]
-                                                [--plait ...] [--problems 1000] [--window 1024] [--json FILE]
+                                                [--plait ...] [--problems 500] [--timed 20] --json outcomes.jsonl
+    python benchmarks/bench_countdown.py report outcomes.jsonl ...
 
 `gold` needs no weights: it draws searches of every width and counts how many end with the solution in a window, the
 ceiling of whoever imitates them. `models` decodes greedily on held-out problems. A problem counts as solved in a window
@@ -10,16 +11,22 @@ if its answer is right and no sequence of its run was longer, as in the paper. W
 compact vocabulary and, recounted from the same text, of a 32k SentencePiece vocabulary that splits digits (Mistral's
 v1, a stand-in for Llama 2's). First success: the same weights, once with all children awaited and once with the others
 cut when the first succeeds.
+
+Every outcome is a line of the JSON file as soon as it is there. The same command goes on where it was stopped, several
+may fill files of their own side by side, and `report` prints the tables of any number of files. Accuracy and tokens
+come from runs side by side (`--concurrency`), wall time from runs alone (`--timed`), the settings in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +112,10 @@ class Outcome:
     dropped: int
     """Tokens sampled past the cut of a race; not in `total`."""
     threads: int
+    declined: int
+    """Blocks that were not opened, for they were malformed or more than allowed."""
+    end: str
+    """How it ended."""
     reread: int
     prompt_of_threads: int
     """Tokens that were given to threads which see nothing of their parent."""
@@ -114,14 +125,19 @@ class Outcome:
 def outcome(tree: Tree, problem: tasks.Problem, wall_s: float = 0.0) -> Outcome:
     usage = tree.usage()
     contexts = [(*_flat(tree.context(s.id)), *s.sampled_ids) for s in tree.segments.values()]
+    text = response_text(tree, SEARCH)
+    right = tree.stop is StopReason.EOS and tasks.grade(problem, text)
+    answered = "wrong answer" if tasks.answer_of(text) is not None else "no solution found"
     return Outcome(
-        right=tree.stop is StopReason.EOS and tasks.grade(problem, response_text(tree, SEARCH)),
+        right=right,
         longest=usage.longest_context_tokens,
         longest_llama=max(sum(_WEIGHTS[id] for id in context) for context in contexts),
         total=usage.sampled_tokens,
         critical=usage.critical_path_tokens,
         dropped=tree.num_dropped,
         threads=usage.threads,
+        declined=sum(s.stop in (StopReason.MALFORMED, StopReason.BUDGET) for s in tree.segments.values()),
+        end="right" if right else answered if tree.stop is StopReason.EOS else "no end",
         reread=usage.reread_tokens,
         prompt_of_threads=sum(len(s.forced_ids) for s in tree.segments.values() if s.keep == 0),
         wall_s=wall_s,
@@ -178,26 +194,26 @@ def held_out(count: int, seed: int) -> list[tasks.Problem]:
     raise AssertionError("the stream has no end")
 
 
-def gold(args: argparse.Namespace) -> dict[str, Sequence[Outcome]]:
+def gold(args: argparse.Namespace) -> Outcomes:
     """Searches of every width, without weights."""
     drawn = held_out(args.problems, args.seed)
     family = CountdownSearch()
     apr, sequential = open_format("apr", SEARCH), open_format("sequential", SEARCH)
-    out: dict[str, Sequence[Outcome]] = {}
+    out = Outcomes()
 
     def searched(name: str, format: TrajectoryFormat, trace: Callable[[tasks.Problem], Any], **shape: Any) -> None:
-        outcomes: list[Outcome] = []
-        raced: list[Outcome] = []
+        outcomes: dict[str, Outcome] = {}
+        raced: dict[str, Outcome] = {}
         for problem in drawn:
             problem = replace(problem, shape={**problem.shape, **shape})
             ids = prompt_ids(SEARCH, problem.prompt)
             tree = render(trace(problem), format=format, tokenizer=SEARCH, prompt_ids=ids)
-            outcomes.append(outcome(tree, problem))
-            raced.append(cut_at_first_success(tree, outcomes[-1]))
-        out[name] = outcomes
+            outcomes[problem.prompt] = whole = outcome(tree, problem)
+            raced[problem.prompt] = cut_at_first_success(tree, whole)
+        out.of[name] = outcomes
         if format is apr:
-            out[f"{name}, first success"] = raced
-        print(f"{name}: {share(outcomes, lambda o: o.right)} %", file=sys.stderr)
+            out.of[f"{name}, first success"] = raced
+        print(f"{name}: {share(list(outcomes.values()), lambda o: o.right)} %", file=sys.stderr)
 
     for beam in (1, 2, 3, 4, 5, 8):
         searched(f"serial, width {beam}", sequential, family.serial, serial_beam=beam)
@@ -240,120 +256,246 @@ class WaitForAll(Plait):
         return super().join([replace(thread, won=i == winner) for i, thread in enumerate(threads)])
 
 
-async def decoded(
-    model: Model,
-    format: TrajectoryFormat,
-    problems: Sequence[tasks.Problem],
-    *,
-    children: int | None,
-    concurrency: int,
-    window: int,
-) -> list[Outcome]:
-    """Greedy runs, in the order of the problems; no sequence exceeds the window."""
-    options: dict[str, Any] = {"cells": 8192 * concurrency, "max_seqs": 16 * concurrency}
-    budget = Budget(max_threads=children or 16, max_threads_per_fork=children or 16, max_tokens=None)
-    outcomes: dict[int, Outcome] = {}
-    todo = iter(enumerate(problems))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A model, and how it is run."""
 
-    async def work(engine: Engine) -> None:
-        for i, problem in todo:
-            request = Request(
-                prompt_ids=prompt_ids(SEARCH, problem.prompt),
-                budget=budget,
-                logprobs=False,
-                conditioned=model.levels is not None,
-            )
-            start = time.perf_counter()
-            tree = await run(request, engine=engine, format=format)
-            outcomes[i] = outcome(tree, problem, time.perf_counter() - start)
+    name: str
+    model: Model
+    format: TrajectoryFormat
+    children: int | None = None
+    """Told to the model where it reads that, and never exceeded; None: as many as it likes."""
 
-    async with model.open_engine(max_context=window, **options) as engine, anyio.create_task_group() as workers:
-        for _ in range(concurrency):
-            workers.start_soon(work, engine)
-    return [outcomes[i] for i in range(len(problems))]
+    def request(self, problem: tasks.Problem) -> Request:
+        limit = self.children or 16
+        return Request(
+            prompt_ids=prompt_ids(SEARCH, problem.prompt),
+            budget=Budget(max_threads=limit, max_threads_per_fork=limit, max_tokens=None),
+            logprobs=False,
+            conditioned=self.model.levels is not None,
+        )
+
+    def max_context(self, longest: int) -> int:
+        """No sequence becomes longer than those it was trained on. A row of the plait format holds a whole tree, and
+        a context is divided among its threads, so there the limit is one of the tree."""
+        rows = self.model.train.get("data", {}).get("buckets", [])
+        trained = max((tokens for _, tokens in rows), default=longest)
+        return max(longest, trained) if self.format.join_kind == "concat" else min(longest, trained)
 
 
-def models(args: argparse.Namespace) -> dict[str, Sequence[Outcome]]:
-    drawn = held_out(args.problems, args.seed)
-    out: dict[str, Sequence[Outcome]] = {}
-
-    def measure(name: str, model: Model, format: TrajectoryFormat, children: int | None = None) -> None:
-        start = time.perf_counter()
-        few = drawn[: args.timed]
-        timed = anyio.run(_decoded(model, format, few, children, 1, args.longest))
-        rest = anyio.run(_decoded(model, format, drawn[args.timed :], children, args.concurrency, args.longest))
-        out[name] = [*timed, *(replace(o, wall_s=0.0) for o in rest)]
-        right = share(out[name], lambda o: o.right and o.longest <= args.window)
-        took = time.perf_counter() - start
-        print(f"{name}: {right} % in a window of {args.window}, {took:.0f} s", file=sys.stderr)
-
+def settings(args: argparse.Namespace) -> list[Setting]:
+    drawn: list[Setting] = []
     for name, path in (("serial", args.serial), ("serial, wider", args.wide)):
         if path:
             model = load_model(path)
-            measure(name, model, model.format)
+            drawn.append(Setting(name=name, model=model, format=model.format))
     if args.apr:
         model = load_model(args.apr)
         for children in args.children:
-            measure(f"message, {children} children", model, model.format, children)
-        most = max(args.children)
-        measure(f"message, {most} children, first success", model, _over(FirstSuccess, model), most)
+            name = f"message, {children} children"
+            drawn.append(Setting(name=name, model=model, format=model.format, children=children))
+        drawn.append(
+            Setting(
+                name=f"message, {max(args.children)} children, first success",
+                model=model,
+                format=_over(FirstSuccess, model),
+                children=max(args.children),
+            )
+        )
     if args.plait:
         model = load_model(args.plait)
-        measure("plait, all awaited", model, _over(WaitForAll, model))
-        measure("plait, race", model, model.format)
-    return out
-
-
-def _decoded(
-    model: Model,
-    format: TrajectoryFormat,
-    problems: Sequence[tasks.Problem],
-    children: int | None,
-    concurrency: int,
-    window: int,
-) -> Callable[[], Any]:
-    async def main() -> list[Outcome]:
-        return await decoded(
-            model, format, problems, children=children, concurrency=concurrency, window=min(window, model.max_context)
-        )
-
-    return main
+        drawn.append(Setting(name="plait, all awaited", model=model, format=_over(WaitForAll, model)))
+        drawn.append(Setting(name="plait, race", model=model, format=model.format))
+    return drawn
 
 
 def _over(cls: Callable[..., TrajectoryFormat], model: Model) -> TrajectoryFormat:
     return cls(model.tokenizer, **({"levels": model.levels} if model.levels else {}))
 
 
-def first_success(rows: dict[str, Sequence[Outcome]]) -> str:
-    """What cutting at the first success saves, pair by pair."""
-    lines = [("first success against all awaited", "right, %", "L", "T", "L saved", "T saved", "sampled past the cut")]
-    for name, raced in rows.items():
+class Outcomes:
+    """Outcomes by setting, then by problem; in a file, a line each, from which the same command goes on."""
+
+    def __init__(self, *paths: Path) -> None:
+        self.of: dict[str, dict[str, Outcome]] = {}
+        self.alone: dict[str, dict[str, Outcome]] = {}
+        self._weights: dict[str, str] = {}
+        for path in paths:
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else ():
+                self._add(**json.loads(line))
+
+    def _add(self, *, setting: str, weights: str, prompt: str, alone: bool, outcome: dict[str, Any]) -> None:
+        if self._weights.setdefault(setting, weights) != weights:
+            raise SystemExit(
+                f"outcomes of other weights are there for {setting!r}: {self._weights[setting]}, {weights}"
+            )
+        (self.alone if alone else self.of).setdefault(setting, {})[prompt] = Outcome(**outcome)
+
+    def record(
+        self, path: Path | None, setting: Setting, problem: tasks.Problem, outcome: Outcome, *, alone: bool
+    ) -> None:
+        line = {
+            "setting": setting.name,
+            "weights": setting.model.digest[:16],
+            "prompt": problem.prompt,
+            "alone": alone,
+            "outcome": asdict(outcome),
+        }
+        self._add(**line)
+        if path is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def rows(self) -> dict[str, Sequence[Outcome]]:
+        return {name: list(outcomes.values()) for name, outcomes in self.of.items()}
+
+
+async def decoded(
+    setting: Setting, problems: Sequence[tasks.Problem], args: argparse.Namespace, outcomes: Outcomes
+) -> None:
+    """Greedy runs side by side, until every problem has an outcome."""
+    there = outcomes.of.get(setting.name, {})
+    todo = [problem for problem in problems if problem.prompt not in there]
+    source, start = iter(todo), time.perf_counter()
+
+    def progress() -> None:
+        done = list(outcomes.of.get(setting.name, {}).values())
+        right = share(done, lambda o: o.right and o.longest <= args.window) if done else "-"
+        took = time.perf_counter() - start
+        print(
+            f"\r{setting.name}: {len(done)}/{len(problems)}, {right} % in a window of {args.window}, {took:.0f} s ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    async def work(engine: Engine) -> None:
+        for problem in source:
+            tree = await run(setting.request(problem), engine=engine, format=setting.format)
+            outcomes.record(args.json, setting, problem, outcome(tree, problem), alone=False)
+            progress()
+
+    if todo:
+        async with _opened(setting, args, args.concurrency) as engine, anyio.create_task_group() as workers:
+            for _ in range(args.concurrency):
+                workers.start_soon(work, engine)
+    progress()
+    print(file=sys.stderr)
+
+
+async def timed(
+    drawn: Sequence[Setting], problems: Sequence[tasks.Problem], args: argparse.Namespace, outcomes: Outcomes
+) -> None:
+    """Greedy runs, one at a time, the settings in turns and from problem to problem in the opposite order."""
+    async with AsyncExitStack() as stack:
+        engines: dict[str, Engine] = {}
+        for setting in drawn:
+            engines[setting.name] = engine = await stack.enter_async_context(_opened(setting, args, 1))
+            # The first run pays for memory that later ones find allocated.
+            await run(setting.request(problems[0]), engine=engine, format=setting.format)
+        for number, problem in enumerate(problems):
+            print(f"\ralone: {number}/{len(problems)} ", end="", file=sys.stderr, flush=True)
+            for setting in drawn if number % 2 == 0 else drawn[::-1]:
+                if problem.prompt in outcomes.alone.get(setting.name, {}):
+                    continue
+                start = time.perf_counter()
+                tree = await run(setting.request(problem), engine=engines[setting.name], format=setting.format)
+                took = time.perf_counter() - start
+                outcomes.record(args.json, setting, problem, outcome(tree, problem, took), alone=True)
+    print(file=sys.stderr)
+
+
+def _opened(setting: Setting, args: argparse.Namespace, concurrency: int) -> Engine:
+    context = setting.max_context(args.longest)
+    wide = setting.model.forks
+    # Flash attention skips the cells of other sequences, of which there are many.
+    return setting.model.open_engine(
+        max_context=context,
+        cells=(8192 if wide else context + 512) * concurrency,
+        max_seqs=min(256, (32 if wide else 4) * concurrency),
+        flash_attention=True,
+    )
+
+
+def models(args: argparse.Namespace) -> Outcomes:
+    drawn = settings(args)
+    outcomes = Outcomes(*([args.json] if args.json else []))
+    problems = held_out(args.problems, args.seed)
+    try:
+        for setting in drawn if not args.only_timed else ():
+            anyio.run(decoded, setting, problems, args, outcomes)
+        if args.timed and drawn:
+            anyio.run(timed, drawn, problems[: args.timed], args, outcomes)
+    except KeyboardInterrupt:
+        print("\nstopped; what there is so far:", file=sys.stderr)
+    return outcomes
+
+
+def first_success(rows: Mapping[str, Mapping[str, Outcome]]) -> str:
+    """What cutting at the first success saves, on the problems that both have."""
+    lines = [("first success against all awaited", "n", "right, %", "L", "T", "L saved", "T saved", "past the cut")]
+    for name in rows:
         base = name.removesuffix(", first success") if name.endswith("first success") else ""
         base = base or (name.removesuffix("race") + "all awaited" if name.endswith(", race") else "")
         if base not in rows:
             continue
-        for label, outcomes in ((base, rows[base]), (name, raced)):
-            all_l, all_t = (sum(getattr(o, f) for o in rows[base]) for f in ("critical", "total"))
-            own_l, own_t = (sum(getattr(o, f) for o in outcomes) for f in ("critical", "total"))
+        both = [prompt for prompt in rows[base] if prompt in rows[name]]
+        awaited = [rows[base][prompt] for prompt in both]
+        for label, outcomes in ((base, awaited), (name, [rows[name][prompt] for prompt in both])):
+            (all_l, all_t), (own_l, own_t) = (
+                [sum(getattr(o, field) for o in some) for field in ("critical", "total")]
+                for some in (awaited, outcomes)
+            )
             n = len(outcomes)
             saved = (f"{100 * (1 - own_l / all_l):.1f} %", f"{100 * (1 - own_t / all_t):.1f} %")
-            past = f"{sum(o.dropped for o in outcomes) / n:.1f}"
-            lines.append(
-                (label, share(outcomes, lambda o: o.right), f"{own_l / n:.0f}", f"{own_t / n:.0f}", *saved, past)
-            )
+            right = share(outcomes, lambda o: o.right)
+            means = (f"{own_l / n:.0f}", f"{own_t / n:.0f}")
+            lines.append((label, str(n), right, *means, *saved, f"{sum(o.dropped for o in outcomes) / n:.1f}"))
     return table(lines) if len(lines) > 1 else ""
 
 
-def costs(rows: dict[str, Sequence[Outcome]]) -> str:
+def costs(rows: dict[str, Sequence[Outcome]], alone: Mapping[str, Mapping[str, Outcome]]) -> str:
     lines: list[Sequence[str]] = [
-        ("means a problem", "children", "T", "L", "longest", "read again", "given to children", "wall alone, s")
+        ("means a problem", "n", "T", "L", "longest", "read again", "given to children", "wall alone, s (median)")
     ]
     for name, outcomes in rows.items():
         fields = ("total", "critical", "longest", "reread", "prompt_of_threads")
-        timed = [o.wall_s for o in outcomes if o.wall_s]
-        wall = f"{statistics.fmean(timed):.3f}" if timed else "-"
+        walls = [o.wall_s for o in alone.get(name, {}).values()]
+        wall = f"{statistics.fmean(walls):.3f} ({statistics.median(walls):.3f}), n={len(walls)}" if walls else "-"
         means = (f"{statistics.fmean(getattr(o, f) for o in outcomes):.0f}" for f in fields)
-        lines.append((name, f"{statistics.fmean(o.threads for o in outcomes):.1f}", *means, wall))
+        lines.append((name, str(len(outcomes)), *means, wall))
+    return table(lines)
+
+
+def spent(rows: dict[str, Sequence[Outcome]]) -> str:
+    """One model, told how many children it may have."""
+    lines: list[Sequence[str]] = [("children told", "n", "children had, mean", "just as told, %", "blocks declined")]
+    for name, outcomes in rows.items():
+        match = re.fullmatch(r"message, (\d+) children", name)
+        if match is None:
+            continue
+        told = int(match[1])
+        had = [o.threads for o in outcomes if o.threads]
+        just = sum(n == told for n in had)
+        lines.append(
+            (
+                match[1],
+                str(len(outcomes)),
+                f"{statistics.fmean(had):.2f}" if had else "-",
+                f"{100 * just / len(had):.1f} of {len(had)} that had any" if had else "-",
+                str(sum(o.declined for o in outcomes)),
+            )
+        )
+    return table(lines) if len(lines) > 1 else ""
+
+
+def endings(rows: dict[str, Sequence[Outcome]]) -> str:
+    """How the runs ended."""
+    kinds = ("right", "wrong answer", "no solution found", "no end")
+    lines: list[Sequence[str]] = [("ends, %", *kinds)]
+    for name, outcomes in rows.items():
+        counts = [sum(o.end == kind for o in outcomes) for kind in kinds]
+        lines.append((name, *(f"{100 * count / len(outcomes):.1f}" for count in counts)))
     return table(lines)
 
 
@@ -362,10 +504,10 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("gold", "models"):
         command = commands.add_parser(name)
-        command.add_argument("--problems", type=int, default=300 if name == "gold" else 1000)
+        command.add_argument("--problems", type=int, default=300 if name == "gold" else 500)
         command.add_argument("--seed", type=int, default=7)
-        command.add_argument("--json", type=Path, help="write every outcome there")
     command = commands.choices["models"]
+    command.add_argument("--json", type=Path, help="every outcome, a line each; the same command goes on from there")
     command.add_argument("--apr", help="weights of configs/sft_countdown_apr.toml")
     command.add_argument("--serial", help="weights of configs/sft_countdown_sos.toml")
     command.add_argument("--wide", help="weights of configs/sft_countdown_sos_wide.toml")
@@ -373,17 +515,22 @@ def main() -> None:
     command.add_argument("--children", type=int, nargs="+", default=[2, 4, 6, 8])
     command.add_argument("--window", type=int, default=1024, help="of the comparison; progress lines say it")
     command.add_argument("--longest", type=int, default=4096, help="positions that a sequence may reach at all")
-    command.add_argument("--concurrency", type=int, default=4, help="problems at once; wall time is of one at a time")
-    command.add_argument("--timed", type=int, default=50, help="problems that run alone, for their wall time")
+    command.add_argument("--concurrency", type=int, default=2, help="problems at once; wall time is of one at a time")
+    command.add_argument("--timed", type=int, default=0, help="problems that run alone as well, for their wall time")
+    command.add_argument("--only-timed", action="store_true", help="only those")
+    commands.add_parser("report").add_argument("files", nargs="+", type=Path, help="that --json wrote")
     args = parser.parse_args()
-    rows = gold(args) if args.command == "gold" else models(args)
+    if args.command == "gold":
+        outcomes = gold(args)
+    else:
+        outcomes = models(args) if args.command == "models" else Outcomes(*args.files)
+    rows = outcomes.rows()
     if not rows:
-        parser.error("name weights: --apr, --serial, --wide or --plait")
-    print(f"{args.problems} held-out problems, seed {args.seed}\n\n{sweep(rows)}")
-    print(f"\n{costs(rows)}\n\n{first_success(rows)}\n\n{table(PAPER)}")
-    if args.json:
-        data = {name: [asdict(o) for o in outcomes] for name, outcomes in rows.items()}
-        args.json.write_text(json.dumps(data), encoding="utf-8")
+        parser.error("nothing to show; name weights (--apr, --serial, --wide or --plait) or files that hold outcomes")
+    count = max(map(len, rows.values()))
+    parts = [f"{count} held-out problems", sweep(rows), costs(rows, outcomes.alone), spent(rows)]
+    parts += [first_success(outcomes.of), endings(rows), table(PAPER)]
+    print("\n\n".join(filter(None, parts)))
 
 
 if __name__ == "__main__":
