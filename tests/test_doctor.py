@@ -16,6 +16,7 @@ from fake_servers import FakeCompletions, FakeLlamaServer, FakeServer, FakeSglan
 from plait.cli import main
 from plait.commands.doctor import doctor
 from plait.commands.evaluate import evaluation
+from plait.engines.scripted import ScriptedEngine
 from plait.errors import RequestError
 from plait.models import gold_model
 from plait.tasks.vocabulary import TOKENIZER
@@ -81,6 +82,19 @@ def test_a_llama_server_prefills_the_first_fork_again(capsys: pytest.CaptureFixt
     assert report["fork"]["again_reused_tokens"] == pytest.approx(528, abs=2)
     assert "caches by slot" in report["advice"][0]
     assert "--parallel" in examined(FakeLlamaServer(max_context=2000, slots=[[]]), capsys)["advice"][0]
+
+
+def test_rounding_is_not_taken_for_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    class Rounding(FakeVllm):
+        """Says something else to a prompt that it has never seen than to the same prompt again."""
+
+        def model(self) -> ScriptedEngine:
+            prompts = [seen.body.get("token_ids") for seen in self.seen]
+            shifted = {} if prompts.count(prompts[-1]) > 1 else dict.fromkeys(range(1, 40, 7), 9.0)
+            return ScriptedEngine(vocab_size=self.vocab_size, weights=shifted, max_context=self.max_context)
+
+    checks = held(examined(Rounding(max_context=2000), capsys))
+    assert (checks["stop ids"], checks["greedy repeats"], checks["seeds"]) == (None, None, True)
 
 
 def test_what_cannot_be_seen_is_not_called_good(capsys: pytest.CaptureFixture[str]) -> None:

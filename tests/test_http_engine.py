@@ -164,6 +164,17 @@ async def test_a_control_token_stops_a_llama_server() -> None:
 
 
 @only_on_asyncio
+async def test_a_stop_that_a_llama_server_cannot_spell_is_not_named_to_it() -> None:
+    server = FakeLlamaServer(weights={41: 30.0, 42: 30.0}, token_s=0.001, unspelt=frozenset({CONTROL[41]}))
+    async with opened(server) as engine:
+        sampled, stop = await call(engine, max_tokens=300, stop_ids=(41,))
+        assert (sampled[-1], stop, sampled.count(41)) == (41, StopReason.STOP, 1)
+        await eventually(lambda: server.aborted == 1)
+        await call(engine, max_tokens=3, stop_ids=(41, 42))
+    assert [seen.body["preserved_tokens"] for seen in server.seen[-2:]] == [[], [CONTROL[42]]]
+
+
+@only_on_asyncio
 async def test_a_llama_server_that_stops_at_the_spelling_of_a_stop_is_asked_to_go_on() -> None:
     said = await said_by_the_model(max_tokens=60)
     # The text of id 3, "3,", also ends "13,".

@@ -21,6 +21,10 @@ from plait.errors import EngineError, EngineProtocolError, PlaitError, RequestEr
 from plait.types import SamplingParams, StopReason
 
 BRANCHES = 4
+_PROMPT = 12
+"""Tokens of a prompt that is not about length."""
+_DRAWS = 3
+"""Prompts that are tried where rounding may have hidden what is looked for."""
 _SAMPLED = 16
 """Tokens of a parent before it forks."""
 _HEADER = 2
@@ -102,11 +106,11 @@ async def diagnose(engine: HttpEngine, *, prefix_tokens: int = 512) -> Diagnosis
         raise RequestError(f"{len(engine.urls)} addresses at once; diagnose one at a time")
     ids = _Ids(engine.vocab_size or await _least_vocab_size(engine))
     checks = [
-        await _stops(engine, ids.fresh(12)),
-        await _bans(engine, ids.fresh(12)),
-        await _repeats(engine, ids.fresh(12)),
-        await _seeds(engine, ids.fresh(12)),
-        await _cancels(engine, ids.fresh(12)),
+        await _stops(engine, ids),
+        await _bans(engine, ids.fresh(_PROMPT)),
+        await _repeats(engine, ids.fresh(_PROMPT)),
+        await _seeds(engine, ids.fresh(_PROMPT)),
+        await _cancels(engine, ids.fresh(_PROMPT)),
     ]
     room = engine.max_context - 2 * _SAMPLED - _HEADER
     fork: ForkCost | None = None
@@ -163,14 +167,17 @@ async def _least_vocab_size(engine: HttpEngine) -> int:
     return _END_ID
 
 
-async def _stops(engine: HttpEngine, prompt: Sequence[int]) -> Check:
-    plain = await _call(engine, prompt, SamplingParams(max_tokens=8))
-    stop = plain.ids[len(plain.ids) // 2]
-    cut = plain.ids[: plain.ids.index(stop) + 1]
-    output = await _call(engine, prompt, SamplingParams(max_tokens=64, stop_ids=(stop,)))
-    holds = output.stop is StopReason.STOP and output.ids[-1] == stop
-    same = output.ids == cut
-    return Check(name="stop ids", holds=holds, note="" if same else "greedy text differed between two calls")
+async def _stops(engine: HttpEngine, ids: _Ids) -> Check:
+    for _ in range(_DRAWS):
+        prompt = ids.fresh(_PROMPT)
+        plain = await _call(engine, prompt, SamplingParams(max_tokens=8))
+        stop = plain.ids[len(plain.ids) // 2]
+        cut = plain.ids[: plain.ids.index(stop) + 1]
+        output = await _call(engine, prompt, SamplingParams(max_tokens=64, stop_ids=(stop,)))
+        if output.ids[: len(cut)] == cut:
+            return Check(name="stop ids", holds=output.stop is StopReason.STOP and len(output.ids) == len(cut))
+    # Kernels round differently for a prompt that is cached: the stop was not sampled, so nothing was seen.
+    return Check(name="stop ids", holds=None, note=f"greedy text differed between two calls, {_DRAWS} times")
 
 
 async def _bans(engine: HttpEngine, prompt: Sequence[int]) -> Check:
@@ -193,11 +200,12 @@ async def _repeats(engine: HttpEngine, prompt: Sequence[int]) -> Check:
 
 async def _seeds(engine: HttpEngine, prompt: Sequence[int]) -> Check:
     params = SamplingParams(max_tokens=12, temperature=1.0)
-    first, again = [await _call(engine, prompt, replace(params, seed=7)) for _ in range(2)]
-    others = [await _call(engine, prompt, replace(params, seed=seed)) for seed in range(3)]
-    if first.ids != again.ids:
-        return Check(name="seeds", holds=False, note="the same seed gave two different outputs")
-    if all(other.ids == first.ids for other in others):
+    # Once more than it takes: the first call computes its prompt, the others find it cached, which rounds otherwise.
+    same = [tuple((await _call(engine, prompt, replace(params, seed=7))).ids) for _ in range(3)]
+    others = [tuple((await _call(engine, prompt, replace(params, seed=seed))).ids) for seed in range(3)]
+    if len(set(same)) == len(same):
+        return Check(name="seeds", holds=False, note="the same seed gave another output each time")
+    if set(others) <= set(same):
         return Check(name="seeds", holds=None, note="all seeds gave the same output: the model is very sure")
     return Check(name="seeds", holds=True)
 

@@ -270,18 +270,30 @@ class HttpEngine:
             self._reused += cached
 
     async def _stop_texts(self, base: int, params: SamplingParams) -> dict[int, str]:
-        """Texts of stop and eos ids, asked once for each."""
+        """Texts of stop and eos ids, asked once for each; empty where a server cannot be told to stop there."""
         if not self._dialects[base].needs_stop_texts:
             return {}
-        assert self._client is not None
         texts: dict[int, str] = {}
         for id in dict.fromkeys((*params.stop_ids, *params.eos_ids)):
             if (base, id) not in self._texts:
-                page = await self._client.post(f"{self.urls[base]}/detokenize", {"tokens": [id]})
-                content = page.get("content") if isinstance(page, dict) else None
-                self._texts[base, id] = content if isinstance(content, str) else ""
+                self._texts[base, id] = await self._stop_text(self.urls[base], id)
             texts[id] = self._texts[base, id]
         return texts
+
+    async def _stop_text(self, url: str, id: int) -> str:
+        assert self._client is not None
+        page = await self._client.post(f"{url}/detokenize", {"tokens": [id]})
+        text = page.get("content") if isinstance(page, dict) else None
+        if not isinstance(text, str) or not text:
+            return ""
+        try:
+            # A tokenizer without all letters of this text fails at it, and then refuses every call that names it.
+            await self._client.post(f"{url}/tokenize", {"content": text})
+        except (EngineUnavailable, EngineTimeout):
+            raise
+        except EngineError:
+            return ""
+        return text
 
     async def count_running(self, base: int = 0) -> float | None:
         """Calls that a server says it works on; None where it does not say."""

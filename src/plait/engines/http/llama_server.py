@@ -1,7 +1,8 @@
 """llama.cpp's server, `/completion`.
 
 Traps: it has no stop ids, only texts, and control tokens match a text only if they are listed in `preserved_tokens`;
-a text also matches where ordinary tokens spell it, so the engine checks the id and goes on where it is another.
+a text also matches where ordinary tokens spell it, so the engine checks the id and goes on where it is another. A text
+that its tokenizer cannot spell in smaller tokens is refused; there the engine closes the stream at the id.
 `ignore_eos` would forbid end-of-sequence, so it is not sent. A prefix is cached by slot: siblings of a fork that start
 at once prefill it again, unless each finds a slot that holds it. Facts: llama.cpp b11549.
 """
