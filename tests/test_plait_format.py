@@ -166,6 +166,23 @@ def test_a_race_that_nobody_wins_is_read_as_empty_threads() -> None:
     assert tree.num_dropped == 0
 
 
+def test_threads_of_a_race_have_half_of_the_context_each_and_the_join_fits() -> None:
+    lines = ("1: a", "2: b", "3: c", "4: d")
+    texts = {"</Thread>\n": "x" * 900}
+    texts |= {f"</Outlines>\n<Thread>\n{i}:": " " + "x" * 900 for i in range(1, 5)}
+    lengths: list[int] = []
+    for race in (False, True):
+        tree = play("plait", texts | {"What?": outlines(*lines, race=race)}, max_context=400)
+        assert tree.longest_context() <= 400
+        assert {t.stop for t in tree.threads()} == {StopReason.LENGTH}
+        lengths.append(tree.threads()[1].num_sampled)
+    assert lengths[1] > 2 * lengths[0]
+    won = texts | {"</Outlines>\n<Thread>\n3:": f" <Conclusion>{'y' * (lengths[1] - 10)}</Conclusion>\n</Thread>"}
+    tree = play("plait", won | {"What?": outlines(*lines, race=True)}, max_context=400)
+    assert tree.segments["0:1"].note.startswith("0/0.2 ended the race of 4 threads")
+    assert tree.longest_context() <= 400
+
+
 def test_blocks_nest_and_a_cut_takes_what_was_forked_with_it() -> None:
     nested = outlines("1: x", "2: y")
     texts = RACE | {

@@ -17,7 +17,8 @@
 13. What is left of `max_tokens` is divided equally among the branches and what follows the join; what a branch did
     not use flows back. `max_threads` likewise, for nested blocks.
 14. The context is divided the same way, so a join always fits; a block whose join could not is declined (BUDGET).
-    Where threads are merged they lie side by side: half of what is left for each, half for what follows.
+    Where threads are merged they lie side by side, and of a race only the winner is read: half of what is left for
+    each, half for what follows.
 15. At the deadline calls are cancelled, threads are closed and joined as in 9, and nothing more is sampled.
 16. Gold traces are what the runtime produces: replaying a rendered tree gives that tree.
 

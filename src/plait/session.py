@@ -654,6 +654,9 @@ class _Program:
             # Branches lie side by side: the longest counts.
             frame += max(len(outcome.header_ids) + len(outcome.token_ids) for outcome in closed)
             parts = 2
+        elif fork.race:
+            # Whoever does not win is read as if it had written nothing.
+            parts = 2
         return (thread.end - thread.position - frame) // parts
 
     def outcome(self, thread: _Thread) -> ThreadOutcome:

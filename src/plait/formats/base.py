@@ -40,7 +40,8 @@ class Fork:
     fresh: bool = False
     """True: a thread's context is its header alone; it does not see its parent."""
     race: bool = False
-    """True: the first thread that succeeds, by its own critical path in tokens, ends the block."""
+    """True: the first thread that succeeds, by its own critical path in tokens, ends the block. At the join no other
+    may be read as more than a thread that wrote nothing: the context is divided among the winner and the parent."""
     waits: bool = True
     """False: the parent goes on at once, and reads the threads where it asks for them with an `Await`."""
     keep: int | None = None
