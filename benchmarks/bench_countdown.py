@@ -276,11 +276,11 @@ class Setting:
         )
 
     def max_context(self, longest: int) -> int:
-        """No sequence becomes longer than those it was trained on. A row of the plait format holds a whole tree, and
-        a context is divided among its threads, so there the limit is one of the tree."""
+        """No sequence becomes longer than the rows it was trained on; where threads see their parent, a row was a
+        whole tree, and a context is divided among the threads before any of them has written anything."""
         rows = self.model.train.get("data", {}).get("buckets", [])
         trained = max((tokens for _, tokens in rows), default=longest)
-        return max(longest, trained) if self.format.join_kind == "concat" else min(longest, trained)
+        return 2 * longest if self.format.join_kind == "concat" else min(longest, trained)
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
