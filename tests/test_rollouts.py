@@ -9,6 +9,8 @@ from plait.events import decode
 from plait.formats import open_format
 from plait.models import gold_model
 from plait.tasks.vocabulary import TOKENIZER
+from plait.tokenizer import FixedTokenizer
+from plait.train.handoff.scoring import exact
 from plait.train.prompts import Prompt, Prompts, task_source
 from plait.train.rewards import Group, Reward
 from plait.train.rollouts import Rollout, collect, faults, outcome_of
@@ -110,6 +112,28 @@ async def test_an_answer_that_stands_only_in_the_prompt_earns_nothing() -> None:
     assert not outcome_of(rollout, format=FORMAT, tokenizer=TOKENIZER).correct
     _, right = await one("=>\nAnswer: 2<eos>")
     assert right.correct
+
+
+async def test_a_boxed_answer_in_the_prompt_earns_nothing() -> None:
+    words = FixedTokenizer(
+        (*TOKENIZER.tokens, "\\boxed{", "}"), control=tuple(TOKENIZER.control), bos="<bos>", eos="<eos>"
+    )
+    asked = Prompt(
+        family="toy",
+        question="",
+        prompt_ids=(*words.bos_ids, *words.encode("\\boxed{2}?")),
+        grade=lambda response: exact(response, "2"),
+        baseline_tokens=10.0,
+    )
+    rewards = []
+    for said in ("7<eos>", "\\boxed{7}<eos>", "\\boxed{2}<eos>"):
+        response = words.encode(said, special=True)
+        engine = ScriptedEngine(script=lambda context, response=response: response, vocab_size=len(words.tokens))
+        ((rollout, *_),) = await sampled(engine, asked, format=open_format("multiverse", words))
+        outcome = outcome_of(rollout, format=open_format("multiverse", words), tokenizer=words)
+        rewards.append(Reward({"correctness": {}, "latency": {}})(outcome, Group(outcomes=[outcome])))
+    assert rewards[:2] == [0.0, 0.0]
+    assert rewards[2] > 1.0
 
 
 async def test_an_answer_inside_a_thread_is_not_the_runs_answer() -> None:
