@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +82,44 @@ def check(log: EvalLog) -> None:
     assert about["critical_path_tokens"] < widest.output.usage.output_tokens  # type: ignore[union-attr]
 
 
-def test_inspect_finds_the_provider_by_its_entry_point() -> None:
-    declared = [point for point in entry_points(group="inspect_ai") if point.value.startswith("plait.")]
-    if not declared:
-        pytest.skip("plait is not installed as a package here")
-    assert declared == [EntryPoint("plait", "plait.inspect_provider", "inspect_ai")]
+TASK = """
+from inspect_ai import Task, task
+from inspect_ai.dataset import Sample
+from inspect_ai.scorer import match
+from inspect_ai.solver import generate
+
+@task
+def arithmetic():
+    samples = [Sample(input=question, target=answer) for question, answer in QUESTIONS.items()]
+    return Task(dataset=samples, solver=generate(), scorer=match(location="exact"))
+"""
+
+
+def test_the_command_line_finds_the_provider_by_its_entry_point(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    # What installing a wheel leaves in site-packages, beside the package itself.
+    installed = tmp_path / "site" / "plait-0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: plait\nVersion: 0\n")
+    points = [f"{name} = {value}" for name, value in project["entry-points"]["inspect_ai"].items()]
+    (installed / "entry_points.txt").write_text("\n".join(["[inspect_ai]", *points, ""]))
+    (tmp_path / "task.py").write_text(f"QUESTIONS = {QUESTIONS!r}\n{TASK}")
+    options = ["--display", "none", "--log-dir", "logs", "-M", "max_threads=16"]
+    code = "import sys; sys.argv[0] = 'inspect'; from inspect_ai._cli.main import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "eval", "task.py", "--model", "plait/plait-tiny", *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed.parent), str(root / "src")])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    (location,) = (tmp_path / "logs").iterdir()
+    log = read_eval_log(str(location))
+    assert log.eval.model == "plait/plait-tiny"
+    check(log)
 
 
 def test_an_evaluation_runs_in_this_process(tmp_path: Path) -> None:
