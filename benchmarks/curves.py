@@ -19,7 +19,7 @@ WIDTH, HEIGHT, LEFT, TOP, GAP = 250, 190, 44, 30, 56
 class Curve:
     name: str
     runs: Sequence[Sequence[float]]
-    """A value for each step of each run."""
+    """A share for each step of each run."""
 
 
 def draw(panels: Mapping[str, Sequence[Curve]], *, xlabel: str, smooth: int = 5) -> str:
@@ -87,6 +87,11 @@ def _smoothed(values: Sequence[float], over: int) -> list[float]:
 
 
 def _nice(low: float, high: float) -> tuple[float, float]:
-    """Bounds in whole steps of 0.04, so that quarters are whole percents."""
-    first, last = math.floor(low / 0.04 + 1e-9), math.ceil(high / 0.04 - 1e-9)
-    return 0.04 * first, 0.04 * max(last, first + 1)
+    """Bounds whose quarters are round, none above 1 where no value is."""
+    for unit in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5):
+        first = unit * math.floor(low / unit + 1e-9)
+        if high <= 1:
+            first = min(first, 1 - 4 * unit)
+        if first + 4 * unit >= high - 1e-9:
+            return first, first + 4 * unit
+    raise ValueError(f"shares are from -1 to 1, not from {low} to {high}")
