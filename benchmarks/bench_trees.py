@@ -26,9 +26,11 @@ from plait.formats import open_format, render
 from plait.models import prompt_ids
 from plait.tasks.vocabulary import TOKENIZER
 from plait.train.experience import Experience, PolicyBatch, pack
+from plait.train.learners import nll
 from plait.train.model import Decoder, ModelConfig
 from plait.train.packing import Bucket
-from plait.train.rl import LossConfig, logprobs, policy_loss
+from plait.train.policy import policy_loss
+from plait.train.rl_config import LossConfig
 from plait.train.rows import rows
 from plait.train.trie import flatten
 from plait.tree import Tree
@@ -74,7 +76,7 @@ def causal(batch: PolicyBatch) -> PolicyBatch:
 def seconds(model: Decoder, work: Sequence[PolicyBatch]) -> float:
     began = perf_counter()
     for batch in work:
-        policy_loss(logprobs(model, batch), batch, LossConfig()).backward()
+        policy_loss(-nll(model, batch.packed), batch, LossConfig()).backward()
         model.zero_grad(set_to_none=True)
     return perf_counter() - began
 

@@ -10,10 +10,12 @@ pytestmark = pytest.mark.torch
 
 from plait.errors import RequestError  # noqa: E402
 from plait.train.experience import Experience, PolicyBatch, pack  # noqa: E402
+from plait.train.learners import nll  # noqa: E402
 from plait.train.losses import importance, k3, surrogate, token_weights  # noqa: E402
 from plait.train.model import Decoder, ModelConfig  # noqa: E402
 from plait.train.packing import Bucket  # noqa: E402
-from plait.train.rl import LossConfig, logprobs, policy_loss  # noqa: E402
+from plait.train.policy import policy_loss  # noqa: E402
+from plait.train.rl_config import LossConfig  # noqa: E402
 from plait.train.rows import rows  # noqa: E402
 from plait.train.trie import flatten  # noqa: E402
 from plait.tree import Segment, Tree  # noqa: E402
@@ -42,8 +44,8 @@ def gradient(model: Decoder, packed: list[PolicyBatch], config: LossConfig, **ot
     total = 0.0
     for batch in packed:
         with torch.no_grad():
-            more = {name: logprobs(other, batch) for name, other in others.items()}
-        loss = policy_loss(logprobs(model, batch), batch, config, **more)
+            more = {name: -nll(other, batch.packed) for name, other in others.items()}
+        loss = policy_loss(-nll(model, batch.packed), batch, config, **more)
         loss.backward()
         total += float(loss.detach())
     return total, [p.grad.clone() for p in model.parameters()]
@@ -134,7 +136,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward() -> None:
         return Experience(trie=replace(context, token_ids=ids), advantage=advantage, weight=weight)
 
     every = batches([one(a, 0.0, 1.0) for a in range(VOCAB)], [Bucket(rows=VOCAB, length=3)])
-    (logs,) = (logprobs(model, b)[:, 2] for b in every)
+    (logs,) = (-nll(model, b.packed)[:, 2] for b in every)
     order = every[0].packed.token_ids[:, 2]
     exact = torch.autograd.grad(-(logs.exp() * torch.from_numpy(reward[order])).sum(), list(model.parameters()))
     p = logs.exp().detach().numpy()
@@ -206,7 +208,7 @@ def test_tokens_that_an_older_or_other_engine_sampled_count_as_far_as_the_traine
     trie = flatten(tree)
     plain = batches([Experience(trie=trie, advantage=1.0, weight=1.0)])
     with torch.no_grad():
-        same = logprobs(model, plain[0]).float().numpy()[0, : len(trie)]
+        same = (-nll(model, plain[0].packed)).float().numpy()[0, : len(trie)]
     experience = Experience(trie=replace(trie, logprobs=same), advantage=1.0, weight=1.0)
     doubled = Experience(trie=replace(trie, logprobs=same - np.log(2.0) * trie.loss_mask), advantage=1.0, weight=1.0)
     on_policy = gradient(model, batches([experience]), LossConfig())

@@ -31,9 +31,9 @@ from plait.formats.base import Block  # noqa: E402
 from plait.train.packing import Bucket, Packer  # noqa: E402
 from plait.train.pretrained.model import BaseConfig, add_control_tokens, load, visible  # noqa: E402
 from plait.train.pretrained.records import Records  # noqa: E402
-from plait.train.pretrained.sft import HFConfig, config_from, load_config, to_toml, train  # noqa: E402
 from plait.train.pretrained.tokenizer import PretrainedTokenizer  # noqa: E402
 from plait.train.rows import rows  # noqa: E402
+from plait.train.sft import SFTConfig, config_from, load_config, to_toml, train  # noqa: E402
 from plait.train.tensors import inputs, spans  # noqa: E402
 from plait.train.trie import dense_mask, flatten  # noqa: E402
 from plait.types import Request  # noqa: E402
@@ -67,6 +67,7 @@ def data(path: Path, trace: Any = TRACE) -> Path:
 def settings(folder: Path, tmp_path: Path, **base: Any) -> dict[str, Any]:
     return {
         "seed": 1,
+        "precision": "fp32",
         "base": {"path": str(folder), "device": "cpu", **base},
         "data": {"format": FORMAT, "path": str(data(tmp_path / "data.jsonl")), "buckets": [[1, 256]]},
         "schedule": {"steps": 60, "warmup_steps": 3, "floor": 0.1},
@@ -78,7 +79,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def run(config: HFConfig, out: Path, **more: Any) -> Any:
+def run(config: SFTConfig, out: Path, **more: Any) -> Any:
     return train(config, out=out, say=lambda line: None, **more)
 
 
@@ -164,12 +165,12 @@ def test_a_model_overfits_one_trace_and_says_it_in_the_torch_engine(folder: Path
     outcome = run(config_from(settings(folder, tmp_path)), tmp_path / "out")
     curve = losses(tmp_path / "out")
     assert curve[-1] < 0.05 < 2 < curve[0]
-    model = transformers.AutoModelForCausalLM.from_pretrained(outcome.gguf)
-    words = PretrainedTokenizer(transformers.AutoTokenizer.from_pretrained(outcome.gguf))
+    model = transformers.AutoModelForCausalLM.from_pretrained(outcome.model)
+    words = PretrainedTokenizer(transformers.AutoTokenizer.from_pretrained(outcome.model))
     assert model.config.vocab_size >= len(words.inner)
 
     async def said() -> str:
-        async with TorchEngine(path=outcome.gguf, dtype="float32") as engine:
+        async with TorchEngine(path=outcome.model, dtype="float32") as engine:
             request = Request(prompt_ids=words.chat_ids("3+4+5+6?"))
             tree = await plait.run(request, engine=engine, format=open_format(FORMAT, words))
         assert tree.num_threads == 2
@@ -181,14 +182,14 @@ def test_a_model_overfits_one_trace_and_says_it_in_the_torch_engine(folder: Path
 def test_adapters_learn_and_are_merged_into_the_folder(folder: Path, tmp_path: Path) -> None:
     base = settings(folder, tmp_path)
     base["schedule"]["steps"] = 30
-    values = settings(run(config_from(base), tmp_path / "base").gguf, tmp_path, lora_rank=8)
+    values = settings(run(config_from(base), tmp_path / "base").model, tmp_path, lora_rank=8)
     values["data"]["path"] = str(data(tmp_path / "other.jsonl", OTHER))
     values["schedule"]["steps"], values["optimiser"]["lr"] = 40, 0.01
     outcome = run(config_from(values), tmp_path / "out")
     curve = losses(tmp_path / "out")
     assert curve[-1] < curve[0] / 2
     # The folder without peft is the model with its adapters: it has the loss that training ended at, or less.
-    whole = load(BaseConfig(path=str(outcome.gguf), device="cpu"), tags=[])
+    whole = load(BaseConfig(path=str(outcome.model), device="cpu"), tags=[])
     source = Records(values["data"]["path"])
     format = open_format(FORMAT, whole.tokenizer)
     tree = flatten(source.trace(source.split("train")[0], format=format, tokenizer=whole.tokenizer))
@@ -217,8 +218,8 @@ def test_gradient_checkpointing_changes_memory_and_no_gradient(folder: Path) -> 
 
 
 def test_bf16_trains(folder: Path, tmp_path: Path) -> None:
-    values = settings(folder, tmp_path, bf16=True)
-    values["schedule"]["steps"] = 30
+    values = settings(folder, tmp_path)
+    values["precision"], values["schedule"]["steps"] = "bf16", 30
     run(config_from(values), tmp_path / "out")
     curve = losses(tmp_path / "out")
     assert curve[-1] < curve[0] / 2
@@ -272,4 +273,5 @@ def test_the_command_trains_a_config_that_has_a_base(folder: Path, tmp_path: Pat
 
 def test_the_config_that_ships_is_one() -> None:
     config = load_config(Path(__file__).parent.parent / "configs" / "hf_sft.toml")
+    assert config.base is not None
     assert config.base.lora_rank == 32

@@ -21,8 +21,9 @@ from plait.engines.scripted import ScriptedEngine  # noqa: E402
 from plait.errors import EngineError, ModelError, RequestError  # noqa: E402
 from plait.tasks.vocabulary import TOKENIZER  # noqa: E402
 from plait.train import checkpoint  # noqa: E402
+from plait.train.policy import Judged, experiences  # noqa: E402
 from plait.train.rewards import Outcome  # noqa: E402
-from plait.train.rl import Judged, RLConfig, experiences, load_rl_config, rl_config_from, to_toml, train  # noqa: E402
+from plait.train.rl import RLConfig, load_rl_config, rl_config_from, to_toml, train  # noqa: E402
 from plait.train.rollouts import Rollout  # noqa: E402
 from plait.train.serving import Served  # noqa: E402
 

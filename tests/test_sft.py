@@ -146,7 +146,7 @@ def test_true_decoding_is_scored_on_the_exported_file_and_kept_with_it(tmp_path)
     assert outcome.scores["decoded"] == {"copy": 0.25}
     from gguf import GGUFReader
 
-    about = json.loads(bytes(GGUFReader(outcome.gguf).fields["plait.config"].parts[-1]))
+    about = json.loads(bytes(GGUFReader(outcome.model).fields["plait.config"].parts[-1]))
     assert about["format"] == "multiverse"
     assert about["join"] == "merge"
     assert about["tokenizer"]["tokens"] == list(TOKENIZER.tokens)

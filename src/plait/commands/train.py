@@ -38,11 +38,8 @@ def train_sft(
         RequestError: Torch is missing, or the config asks for what there is not.
         ModelError: The folder holds another run.
     """
-    given = overrides(settings)
-    if _has_base(config, given):
-        return _train_pretrained(config, out=out, resume=resume, dry_run=dry_run, given=given)
     sft = _trainer("sft")
-    resolved = sft.load_config(config, given)
+    resolved = sft.load_config(config, overrides(settings))
     if dry_run:
         print(sft.to_toml(resolved), end="")
         return 0
@@ -52,7 +49,7 @@ def train_sft(
         resolved,
         out=_folder(config, out),
         resume=resume,
-        on_eval=_scorer(families, decode) if decode else None,
+        on_eval=_scorer(families, decode) if decode and families else None,
     )
     return _ended(outcome)
 
@@ -81,20 +78,6 @@ def train_rl(
     return _ended(rl.train(resolved, out=_folder(config, out), resume=resume))
 
 
-def _has_base(config: str, given: Mapping[str, Any]) -> bool:
-    """Whether a config is of a model of transformers."""
-    return any(name.startswith("base.") for name in given) or "base" in _trainer("config").read_toml(config)
-
-
-def _train_pretrained(config: str, *, out: str | None, resume: bool, dry_run: bool, given: Mapping[str, Any]) -> int:
-    sft = _trainer("pretrained.sft")
-    resolved = sft.load_config(config, given)
-    if dry_run:
-        print(sft.to_toml(resolved), end="")
-        return 0
-    return _ended(sft.train(resolved, out=_folder(config, out), resume=resume))
-
-
 def _trainer(name: str) -> Any:
     try:
         return import_module(f"plait.train.{name}")
@@ -109,7 +92,7 @@ def _folder(config: str, out: str | None) -> Path:
 
 
 def _ended(outcome: Any) -> int:
-    print(f"{'finished' if outcome.finished else 'interrupted'}: {outcome.gguf}")
+    print(f"{'finished' if outcome.finished else 'interrupted'}: {outcome.model}")
     return 0 if outcome.finished else 130
 
 

@@ -16,7 +16,7 @@ from plait.engines.scripted import Script
 from plait.formats import TrajectoryFormat, format_class, open_format, render
 from plait.models.model import Model, prompt_ids
 from plait.tasks.vocabulary import TOKENIZER
-from plait.tokenizer import FixedTokenizer
+from plait.tokenizer import Tokenizer
 from plait.tree import Tree
 from plait.types import Budget, Context, Merge
 
@@ -79,7 +79,7 @@ def gold_tree(
     problem: tasks.Problem,
     *,
     format: TrajectoryFormat,
-    tokenizer: FixedTokenizer,
+    tokenizer: Tokenizer,
     parallel: bool = True,
     budget: Budget | None = None,
 ) -> Tree:

@@ -7,15 +7,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from plait import tasks
 from plait.errors import RequestError, nearest
 from plait.tasks.vocabulary import TOKENIZERS
-from plait.tokenizer import FixedTokenizer
 from plait.train.data import BudgetConfig
 from plait.train.metrics import SINKS
 from plait.train.model import ModelConfig
+from plait.train.pretrained.config import BaseConfig
 
 T = TypeVar("T")
 
@@ -26,12 +26,16 @@ class DataConfig:
     """Name of the trajectory format."""
     traces: Literal["parallel", "serial", "either"] = "parallel"
     """`serial`: never forks, the twin's data; `either`: sometimes this, sometimes that."""
-    mixture: dict[str, float]
+    mixture: dict[str, float] = field(default_factory=dict[str, float])
     """How often each family is drawn, in any unit."""
+    path: str = ""
+    """JSON lines in place of a mixture, for models of transformers: see `pretrained.records`."""
+    held_out: float = 0.0
+    """Share of those lines that is kept for evaluation."""
     knobs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """What the problems of a family are drawn from, where it is not what the embedded models know."""
     vocabulary: str = "compact"
-    """`compact`: the embedded models'; `wide` has letters for numbers of up to 24 digits."""
+    """Of the embedded models: `compact`; `wide` has letters for numbers of up to 24 digits. A base has its own."""
     buckets: tuple[tuple[int, int], ...] = ((42, 192), (16, 512))
     """Shapes of batches as [rows, length]; about as many slots each."""
     spans: int | None = None
@@ -42,13 +46,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.vocabulary not in TOKENIZERS:
             raise nearest(self.vocabulary, list(TOKENIZERS), "vocabulary")
+        if not self.buckets:
+            raise RequestError("packing needs at least one bucket of rows")
         for name, knobs in self.knobs.items():
             tasks.family(name, knobs)
-
-    @property
-    def tokenizer(self) -> FixedTokenizer:
-        """What its traces are written in."""
-        return TOKENIZERS[self.vocabulary]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,26 +116,33 @@ class EvalConfig:
 class SFTConfig:
     """Everything that a run depends on."""
 
-    model: ModelConfig
     data: DataConfig
     schedule: ScheduleConfig
+    model: ModelConfig | None = None
+    """Sizes of one of Plait's own models, which this or `base` names."""
+    base: BaseConfig | None = None
+    """A model of transformers."""
     optimiser: OptimiserConfig = OptimiserConfig()
     eval: EvalConfig = EvalConfig()
     seed: int = 0
     init: str = ""
     """Checkpoint whose weights the run starts from; empty: random ones."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast over float32 weights; auto: bf16 where the CPU multiplies it."""
+    """Autocast; auto: bf16 where the machine multiplies it."""
     weights: Literal["F32", "F16", "Q8_0"] = "Q8_0"
     """Number type of the exported `model.gguf`; eight bits lose nothing at these sizes and are the fastest to run."""
     compile: bool = True
     """False, or no C++ compiler: the same, slower."""
     threads: int = 1
+    """Of the CPU; 0: as many as torch takes."""
     checkpoint_every_s: float = 120.0
     sinks: tuple[str, ...] = ()
     """Dashboards beside metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
+        check_model(self.model, self.base, data=self.data, init=self.init, times=self.eval.times)
+        if self.model is None and self.base is None:
+            raise RequestError("a run needs a [model], sizes of one of Plait's own, or a [base] of transformers")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise nearest(self.precision, ["auto", "bf16", "fp32"], "precision")
         if self.weights not in ("F32", "F16", "Q8_0"):
@@ -142,9 +150,40 @@ class SFTConfig:
         for name in self.sinks:
             if name not in SINKS:
                 raise nearest(name, list(SINKS), "dashboard")
-        longest = max((length for _, length in self.data.buckets), default=0)
-        if longest > self.model.max_positions:
+        longest = max(length for _, length in self.data.buckets)
+        if self.model is not None and longest > self.model.max_positions:
             raise RequestError(f"rows of {longest} tokens are longer than max_positions, {self.model.max_positions}")
+
+
+class Data(Protocol):
+    """What either kind of training says of its data."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def mixture(self) -> Mapping[str, float]: ...
+    @property
+    def held_out(self) -> float: ...
+
+
+def check_model(model: ModelConfig | None, base: BaseConfig | None, *, data: Data, init: str, times: int) -> None:
+    """Refuse a config that names two models, or data that its model cannot read.
+
+    Raises:
+        RequestError: It does.
+    """
+    if base is not None and (model is not None or init):
+        raise RequestError("a [base] is where a run starts: leave out [model] and init")
+    if base is None and data.path:
+        raise RequestError("data.path is text, for a model of transformers: name it in [base], or give a mixture")
+    if data.path and data.mixture:
+        raise RequestError("[data] has either a path to records or a mixture of tasks")
+    if not data.path and not data.mixture:
+        raise RequestError("the mixture is {}; it needs a family with a weight above 0")
+    if not 0 <= data.held_out < 1:
+        raise RequestError(f"held_out is {data.held_out}; it must be at least 0 and below 1")
+    if data.path and times and not data.held_out:
+        raise RequestError(f"eval.times is {times}, and no line is kept for it: set data.held_out, or eval.times to 0")
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SFTConfig:
@@ -188,7 +227,12 @@ def config_from(data: Mapping[str, Any]) -> SFTConfig:
         RequestError: A name or value is not one of `SFTConfig`'s.
     """
     parts = dict(data)
+    if parts.get("base") is not None:
+        parts = with_base(parts, _BASE)
     for name, cls in _SECTIONS.items():
+        if parts.get(name) is None and name in ("model", "base"):
+            parts.pop(name, None)
+            continue
         section = dict(parts.get(name, {}))
         if name == "model":
             words = TOKENIZERS.get(parts.get("data", {}).get("vocabulary", "compact"))
@@ -202,6 +246,28 @@ def config_from(data: Mapping[str, Any]) -> SFTConfig:
     if "sinks" in parts:
         parts["sinks"] = tuple(parts["sinks"])
     return build(SFTConfig, parts, "the config")
+
+
+_BASE: dict[str, Any] = {
+    "threads": 0,
+    "checkpoint_every_s": 600.0,
+    "data": {"buckets": [[4, 2048], [2, 4096], [1, 8192]]},
+    "optimiser": {"name": "adamw", "lr": 1e-5, "beta2": 0.95, "weight_decay": 0.0},
+    "schedule": {"warmup_steps": 20, "decay": 1.0, "floor": 0.0},
+    "eval": {"times": 0},
+}
+"""Defaults where a model of transformers is trained: other sizes, other habits."""
+
+
+def with_base(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values of a config with a [base], with these defaults where it says nothing."""
+    out = dict(parts)
+    for name, value in defaults.items():
+        out[name] = {**value, **out.get(name, {})} if isinstance(value, Mapping) else out.get(name, value)
+    base = dict(out["base"])
+    if "lora_targets" in base:
+        base["lora_targets"] = tuple(base["lora_targets"])
+    return {**out, "base": base}
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -222,6 +288,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 _SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,
+    "base": BaseConfig,
     "data": DataConfig,
     "schedule": ScheduleConfig,
     "optimiser": OptimiserConfig,

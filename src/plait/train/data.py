@@ -19,7 +19,7 @@ from plait.errors import RequestError, nearest
 from plait.formats import open_format
 from plait.models import gold_tree
 from plait.tasks.vocabulary import TOKENIZER
-from plait.tokenizer import FixedTokenizer
+from plait.tokenizer import Tokenizer
 from plait.train.packing import PackedBatch, Packer
 from plait.train.trie import TrieBatch, pieces
 from plait.tree import Tree
@@ -143,7 +143,7 @@ def gold_source(
     format: str,
     *,
     traces: str,
-    tokenizer: FixedTokenizer = TOKENIZER,
+    tokenizer: Tokenizer = TOKENIZER,
     knobs: Mapping[str, Mapping[str, Any]] = {},
     budget: BudgetConfig | None = None,
 ) -> Source:

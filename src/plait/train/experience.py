@@ -9,7 +9,7 @@ Shapes: R rows, T slots of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,19 @@ def pack(
         elif (full := packer.add(experience.trie, tag)) is not None:
             batches.append(_batch(full, experiences))
     return batches + [_batch(full, experiences) for full in packer.flush()]
+
+
+def idle(batch: PolicyBatch) -> PolicyBatch:
+    """A batch of the same shape in which nothing is trained."""
+    packed = batch.packed
+    nothing = replace(packed, labels=np.full_like(packed.labels, IGNORED), prev=np.zeros_like(packed.prev))
+    return PolicyBatch(
+        packed=nothing,
+        behaviour=np.zeros_like(batch.behaviour),
+        advantages=np.zeros_like(batch.advantages),
+        weights=np.zeros_like(batch.weights),
+        odd=batch.odd,
+    )
 
 
 def _batch(packed: PackedBatch, experiences: Sequence[Experience], *, odd: bool = False) -> PolicyBatch:

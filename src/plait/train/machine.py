@@ -18,13 +18,32 @@ from typing import Literal
 
 import torch
 
+from plait.train.pretrained.config import BaseConfig
 
-def precision(name: Literal["auto", "bf16", "fp32"]) -> Literal["bf16", "fp32"]:
-    """`auto` resolved: bf16 where the CPU multiplies it, else fp32."""
+
+def precision(name: Literal["auto", "bf16", "fp32"], base: BaseConfig | None = None) -> Literal["bf16", "fp32"]:
+    """`auto` resolved: bf16 where the machine multiplies it, else fp32.
+
+    Args:
+        base: The model of transformers that is trained, which may be elsewhere than on the CPU.
+    """
     if name != "auto":
         return name
+    if base is not None and device(base.device).startswith("cuda"):
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     has_bf16 = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
     return "bf16" if has_bf16 else "fp32"
+
+
+def device(name: str) -> str:
+    """`auto` resolved: the GPU where there is one, else the CPU."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_threads(count: int) -> None:
+    """Compute with so many threads of the CPU; 0: as many as torch takes. Each thread that computes has to say so."""
+    if count:
+        torch.set_num_threads(count)
 
 
 def has_compiler() -> bool:

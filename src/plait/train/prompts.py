@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from plait import tasks
 from plait.errors import RequestError
 from plait.formats import open_format, render
 from plait.models import prompt_ids
-from plait.tokenizer import FixedTokenizer
+from plait.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,15 @@ PromptSource: TypeAlias = Callable[[str, random.Random, Literal["train", "held_o
 """Draws a prompt: family name, random numbers, split."""
 
 
+class Questions(Protocol):
+    """Prompts by number, and those that are kept for evaluation."""
+
+    def __getitem__(self, number: int) -> Prompt: ...
+    def held_out(self, count: int) -> list[tuple[int, Prompt]]:
+        """At most so many of each family, always the same ones, each with its number."""
+        ...
+
+
 class Prompts:
     """An endless, seeded sequence of prompts from a mixture of families.
 
@@ -57,9 +66,16 @@ class Prompts:
         rng = random.Random(f"rl/{self._seed}/{number}")
         return self._source(rng.choices(self._names, self._weights)[0], rng, "train")
 
+    def held_out(self, count: int) -> list[tuple[int, Prompt]]:
+        return [
+            (n, self._source(family, random.Random(f"held_out/{family}/{n}"), "held_out"))
+            for family in self._names
+            for n in range(count)
+        ]
+
 
 def task_source(
-    format: str, *, tokenizer: FixedTokenizer, knobs: Mapping[str, Mapping[str, Any]] | None = None
+    format: str, *, tokenizer: Tokenizer, knobs: Mapping[str, Mapping[str, Any]] | None = None
 ) -> PromptSource:
     """Problems of `plait.tasks`, graded exactly.
 

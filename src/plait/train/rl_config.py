@@ -10,12 +10,21 @@ from typing import Any, Literal
 from plait import tasks
 from plait.errors import RequestError, nearest
 from plait.tasks.vocabulary import TOKENIZER, TOKENIZERS
-from plait.tokenizer import FixedTokenizer
 from plait.train.advantages import ADVANTAGES
-from plait.train.config import FREE, EvalConfig, OptimiserConfig, ScheduleConfig, build, read_toml
+from plait.train.config import (
+    FREE,
+    EvalConfig,
+    OptimiserConfig,
+    ScheduleConfig,
+    build,
+    check_model,
+    read_toml,
+    with_base,
+)
 from plait.train.losses import AGGREGATES, Aggregate
 from plait.train.metrics import SINKS
 from plait.train.model import ModelConfig
+from plait.train.pretrained.config import BaseConfig
 from plait.train.rewards import Reward
 from plait.train.serving import SERVINGS
 from plait.types import Budget
@@ -25,22 +34,24 @@ from plait.types import Budget
 class PromptsConfig:
     format: str
     """Trajectory format; the one that `init` was trained in."""
-    mixture: dict[str, float]
+    mixture: dict[str, float] = field(default_factory=dict[str, float])
     """How often each family is drawn, in any unit."""
+    path: str = ""
+    """JSON lines in place of a mixture, for models of transformers: see `pretrained.records`."""
+    held_out: float = 0.0
+    """Share of those lines that is kept for evaluation."""
+    grader: str = "plait.train.handoff.scoring:exact"
+    """Of those lines, as `package.module:function`: is given a response and the answer."""
     knobs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """What the problems of a family are drawn from, where it is not what the embedded models know."""
     vocabulary: str = "compact"
-    """The one that `init` was trained with."""
+    """The one that `init` was trained with. A base has its own."""
 
     def __post_init__(self) -> None:
         if self.vocabulary not in TOKENIZERS:
             raise nearest(self.vocabulary, list(TOKENIZERS), "vocabulary")
         for name, knobs in self.knobs.items():
             tasks.family(name, knobs)
-
-    @property
-    def tokenizer(self) -> FixedTokenizer:
-        return TOKENIZERS[self.vocabulary]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +68,8 @@ class RolloutConfig:
     """one_step_off: the next step's rollouts are sampled, with the weights before this step, while this one trains."""
     engine: str = "torch"
     """torch: live weights in this process; llamacpp: a GGUF written at each step, the faster one on a CPU."""
+    cells: int | None = None
+    """Tokens that the engine's cache holds, shared prefixes once; None: 1024 for each of `concurrency`."""
     max_tokens: int = 1536
     """Sampled tokens of one rollout, all threads together."""
     max_thread_tokens: int | None = None
@@ -73,6 +86,8 @@ class RolloutConfig:
                 raise nearest(str(getattr(self, name)), allowed, f"rollout {name}")
         if self.engine not in SERVINGS:
             raise nearest(self.engine, list(SERVINGS), "engine for rollouts")
+        if self.cells is not None and self.cells < 1:
+            raise RequestError(f"rollout cells is {self.cells}; it must be at least 1")
         _ = self.budget
 
     @property
@@ -155,7 +170,9 @@ class RLConfig:
     )
     """Terms by name, each with its options; see `plait.train.rewards`."""
     model: ModelConfig | None = None
-    """Sizes, where `init` is empty; else those of the checkpoint."""
+    """Sizes of one of Plait's own models, where `init` is empty; else those of the checkpoint."""
+    base: BaseConfig | None = None
+    """A model of transformers, in the place of both."""
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     optimiser: OptimiserConfig = _OPTIMISER
@@ -172,6 +189,7 @@ class RLConfig:
     """Number type of the exported `model.gguf`."""
     compile: bool = True
     threads: int = 1
+    """Of the CPU; 0: as many as torch takes."""
     checkpoint_every_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -181,8 +199,19 @@ class RLConfig:
             raise nearest(self.precision, ["auto", "bf16", "fp32"], "precision")
         if self.weights not in ("F32", "F16", "Q8_0"):
             raise nearest(self.weights, ["F32", "F16", "Q8_0"], "number type of weights")
-        if self.model is None and not self.init:
-            raise RequestError("a run needs `init`, a checkpoint to start from, or the sizes of a [model]")
+        if self.model is None and self.base is None and not self.init:
+            raise RequestError("a run needs `init`, a checkpoint to start from, the sizes of a [model], or a [base]")
+        check_model(
+            self.model if self.base is not None else None,
+            self.base,
+            data=self.data,
+            init=self.init,
+            times=self.eval.times,
+        )
+        if self.base is not None and self.rollout.engine != "torch":
+            raise RequestError(
+                f"rollout engine is {self.rollout.engine!r}; a model of transformers is sampled by 'torch'"
+            )
         if not self.buckets:
             raise RequestError("packing needs at least one bucket of rows")
         Reward(self.reward)
@@ -208,6 +237,8 @@ def rl_config_from(data: Mapping[str, Any]) -> RLConfig:
         RequestError: A name or value is not one of `RLConfig`'s.
     """
     parts = dict(data)
+    if parts.get("base") is not None:
+        parts = with_base(parts, _BASE)
     for name, cls in _SECTIONS.items():
         if parts.get(name) is None:
             parts.pop(name, None)
@@ -223,8 +254,19 @@ def rl_config_from(data: Mapping[str, Any]) -> RLConfig:
     return build(RLConfig, parts, "the config")
 
 
+_BASE: dict[str, Any] = {
+    "threads": 0,
+    "checkpoint_every_s": 600.0,
+    "buckets": [[4, 2048], [2, 4096], [1, 8192]],
+    "optimiser": {"name": "adamw", "lr": 1e-6, "beta2": 0.95, "weight_decay": 0.0},
+    "schedule": {"warmup_steps": 5, "decay": 1.0, "floor": 1.0},
+    "eval": {"times": 0},
+}
+"""Defaults where a model of transformers is trained."""
+
 _SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,
+    "base": BaseConfig,
     "data": PromptsConfig,
     "schedule": ScheduleConfig,
     "rollout": RolloutConfig,

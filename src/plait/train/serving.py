@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 from plait.engines import open_engine
 from plait.engines.base import Engine
-from plait.errors import EngineUnavailable
+from plait.errors import EngineUnavailable, RequestError
 from plait.train.checkpoint import export_gguf
-from plait.train.model import Decoder, hf_config, to_hf
+from plait.train.learners import Learner
+from plait.train.model import Decoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +33,11 @@ class Served:
 class Serving(Protocol):
     """Gives an open engine over a model's weights, step after step. Used as an async context manager."""
 
-    def at(self, model: Decoder, version: int) -> AbstractAsyncContextManager[Served]:
-        """An engine over a copy of the weights as they are now; the next call may reuse it for newer ones."""
+    def at(self, learner: Learner, version: int) -> AbstractAsyncContextManager[Served]:
+        """An engine over a copy of the weights as they are now; the next call may reuse it for newer ones.
+
+        Where several processes train, all of them ask.
+        """
         ...
 
     async def __aenter__(self) -> Serving: ...
@@ -45,11 +49,12 @@ class TorchServing:
 
     Args:
         concurrency: Rollouts it has room for at a time.
-        threads: CPU threads of a step.
+        threads: CPU threads of a step; 0: as many as torch takes.
+        cells: Tokens that its cache holds.
     """
 
-    def __init__(self, *, concurrency: int, threads: int) -> None:
-        self._options = {"dtype": "float32", "threads": threads, **_room(concurrency)}
+    def __init__(self, *, concurrency: int, threads: int, cells: int | None = None) -> None:
+        self._options = {"threads": threads or None, **_room(concurrency, cells)}
         self._engine: Any = None
 
     async def __aenter__(self) -> TorchServing:
@@ -61,17 +66,19 @@ class TorchServing:
             await engine.__aexit__(*exc)
 
     @asynccontextmanager
-    async def at(self, model: Decoder, version: int) -> AsyncGenerator[Served, None]:
+    async def at(self, learner: Learner, version: int) -> AsyncGenerator[Served, None]:
         if self._engine is None:
             try:
                 engine_class = import_module("plait.engines.torch").TorchEngine
             except ImportError as exc:
                 raise EngineUnavailable(f"the torch engine cannot be imported: {exc}") from exc
-            engine = engine_class.from_weights(to_hf(model), hf_config(model.config), version=version, **self._options)
+            weights, config = learner.weights()
+            options = self._options | learner.engine_options()
+            engine = engine_class.from_weights(weights, config, version=version, **options)
             await engine.__aenter__()
             self._engine = engine
         elif self._engine.version != version:
-            await self._engine.load_weights(to_hf(model), version=version)
+            await self._engine.load_weights(learner.weights()[0], version=version)
         engine = self._engine
         yield Served(engine=engine, version=lambda: engine.version)
 
@@ -82,8 +89,8 @@ class GgufServing:
     Weights and cache are float32, so that its log-probabilities agree with the trainer's.
     """
 
-    def __init__(self, *, concurrency: int, threads: int) -> None:
-        self._options = {"cache": "F32", "threads": threads, **_room(concurrency)}
+    def __init__(self, *, concurrency: int, threads: int, cells: int | None = None) -> None:
+        self._options = {"cache": "F32", "threads": threads or None, **_room(concurrency, cells)}
         self._stack = ExitStack()
         self._folder = Path()
 
@@ -95,9 +102,11 @@ class GgufServing:
         self._stack.close()
 
     @asynccontextmanager
-    async def at(self, model: Decoder, version: int) -> AsyncGenerator[Served, None]:
+    async def at(self, learner: Learner, version: int) -> AsyncGenerator[Served, None]:
         path = self._folder / f"{version}.gguf"
-        export_gguf(path, model, about={})
+        if not isinstance(learner.model, Decoder):
+            raise RequestError("the llamacpp engine samples from Plait's own models; take rollout.engine = 'torch'")
+        export_gguf(path, learner.model, about={})
         try:
             async with open_engine("llamacpp", path=path, **self._options) as engine:
                 yield Served(engine=engine, version=lambda: version)
@@ -105,8 +114,8 @@ class GgufServing:
             path.unlink(missing_ok=True)
 
 
-def _room(concurrency: int) -> dict[str, int]:
-    return {"cells": max(4096, 1024 * concurrency), "max_seqs": min(256, max(32, 8 * concurrency))}
+def _room(concurrency: int, cells: int | None) -> dict[str, int]:
+    return {"cells": cells or max(4096, 1024 * concurrency), "max_seqs": min(256, max(32, 8 * concurrency))}
 
 
 SERVINGS: dict[str, Callable[..., Serving]] = {"torch": TorchServing, "llamacpp": GgufServing}

@@ -14,50 +14,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from plait.errors import ModelError, RequestError, nearest
+from plait.errors import ModelError, RequestError
+from plait.train import machine
+from plait.train.pretrained.config import BaseConfig
 from plait.train.pretrained.tokenizer import PretrainedTokenizer
+from plait.train.ranks import whole
 
 try:
     import transformers
 except ImportError as exc:
     raise RequestError(f"models of transformers need {exc.name}, which is missing: pip install 'plait[hf]'") from exc
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseConfig:
-    """Which model is trained, and how much of it."""
-
-    path: str
-    """Folder as transformers saves it, or a name that it resolves."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights. float32 with `bf16` is mixed precision; bfloat16 halves the memory of a frozen base."""
-    bf16: bool = False
-    """Multiply in bfloat16."""
-    lora_rank: int = 0
-    """0 trains everything."""
-    lora_alpha: int = 0
-    """0 takes twice the rank."""
-    lora_targets: tuple[str, ...] = LINEAR
-    gradient_checkpointing: bool = False
-    attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """auto: flex on CUDA."""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("dtype", ["float32", "bfloat16"]), ("attention", ["auto", "sdpa", "flex"])):
-            if getattr(self, name) not in allowed:
-                raise nearest(str(getattr(self, name)), allowed, f"base {name}")
-        if not self.path or self.lora_rank < 0 or self.lora_alpha < 0:
-            raise RequestError("base needs a path, and lora_rank and lora_alpha of at least 0")
+_SLOTS = 1024
+"""Whose logits exist at a time."""
 
 
 class Pretrained(nn.Module):
@@ -108,25 +86,35 @@ class Pretrained(nn.Module):
         return mask(row, None, slot[None, :, None], slot[None, None, :])[:, None]
 
     def losses(self, token_ids: Tensor, position_ids: Tensor, labels: Tensor, prev: Tensor, biases: Any) -> Tensor:
-        """Negative log-likelihood [R, T] of each label by the logits at its `prev`, on the CPU; 0 where it is -100.
+        """Negative log-likelihood [R, T] of each label by the logits at its `prev`, on the CPU; 0 where it is -100."""
+        nll, _ = self(token_ids, position_ids, labels, prev, biases)
+        where = torch.nonzero(labels >= 0, as_tuple=True)
+        return torch.zeros(labels.shape, dtype=nll.dtype).index_put(where, nll.cpu())
 
-        Logits are computed for the W trained slots alone: [W, V], not [R, T, V].
+    def forward(
+        self, token_ids: Tensor, position_ids: Tensor, labels: Tensor, prev: Tensor, biases: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Of the trained slots in order, [W]: the label's negative log-likelihood, and whether it is the likeliest.
+
+        The head is asked for those slots alone, some at a time, and again in the backward pass: logits of all of them
+        would be the largest array there is, V being in the hundred thousands.
         """
-        losses = self(token_ids, position_ids, labels, prev, biases)
-        return losses.cpu()
-
-    def forward(self, token_ids: Tensor, position_ids: Tensor, labels: Tensor, prev: Tensor, biases: Any) -> Tensor:
         ids, positions, labels, prev = (t.to(self.device) for t in (token_ids, position_ids, labels, prev))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            model = self.plain
-            hidden = model.get_decoder()(
+            hidden = self.plain.get_decoder()(
                 input_ids=ids, position_ids=positions, attention_mask=biases, use_cache=False
             ).last_hidden_state
             row, slot = torch.nonzero(labels >= 0, as_tuple=True)
-            logits = model.get_output_embeddings()(hidden[row, prev[row, slot]])
+            hidden, labels = hidden[row, prev[row, slot]], labels[row, slot]
+            scored = partial(checkpoint, self._scored, use_reentrant=False) if hidden.requires_grad else self._scored
+            parts = [scored(*part) for part in zip(hidden.split(_SLOTS), labels.split(_SLOTS), strict=True)]
+        nll, hits = zip(*parts, strict=True)
+        return torch.cat(nll), torch.cat(hits)
+
+    def _scored(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.plain.get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = nn.functional.cross_entropy(logits, labels[row, slot], reduction="none")
-        return torch.zeros(labels.shape, dtype=nll.dtype, device=nll.device).index_put((row, slot), nll)
+        return nn.functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
 
     def trained_state(self) -> dict[str, Tensor]:
         """The weights that training changes, by name."""
@@ -151,18 +139,44 @@ class Pretrained(nn.Module):
             return self.inner
         return copy.deepcopy(self.inner).merge_and_unload()
 
-    def exported(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Weights in float32 under the names of transformers, and `config.json`: what the torch engine takes."""
-        model = self.merged()
+    def exported(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights under the names of transformers, and `config.json`: what the torch engine takes.
+
+        A matrix with an adapter is W + s * B A, in float32 (LoRA, Hu et al. 2021, arXiv:2106.09685); a table whose
+        tags learn by themselves has their rows in place. Where weights are sharded, every process has to ask.
+        """
+        model = self.plain
+        state = {name: whole(t.detach()) for name, t in model.state_dict().items()}
+        weights: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            at, adapted, kind = name.rpartition("base_layer.")
+            if not adapted:
+                if not any(part in name for part in (".lora_", ".trainable_tokens_")):
+                    weights[name] = tensor
+                continue
+            module = model.get_submodule(at.removesuffix("."))
+            if (low := state.get(f"{at}lora_A.default.weight")) is not None and kind == "weight":
+                high = state[f"{at}lora_B.default.weight"]
+                tensor = tensor.float() + module.scaling["default"] * (high.float() @ low.float())
+            if (rows := state.get(f"{at}trainable_tokens_delta.default")) is not None:
+                ids = torch.tensor(module.token_indices["default"], device=tensor.device)
+                tensor = tensor.index_copy(0, ids, rows.to(tensor.dtype))
+            weights[at.removesuffix("token_adapter.") + kind] = tensor
         config = model.config.to_dict()
-        weights = {name: t.detach().float().cpu() for name, t in model.state_dict().items()}
         if config.get("tie_word_embeddings"):
             weights.pop("lm_head.weight", None)
         return weights, config
 
-    def save(self, folder: Path) -> None:
-        """Write a folder that transformers and the torch engine read; adapters are merged in."""
-        self.merged().save_pretrained(folder)
+    def save(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+        """Write a folder that transformers and the torch engine read; adapters are merged in.
+
+        Args:
+            about: Kept in `config.json` under `plait`.
+        """
+        model = self.merged()
+        if about is not None:
+            model.config.plait = dict(about)
+        model.save_pretrained(folder)
         self.tokenizer.inner.save_pretrained(folder)
 
 
@@ -214,14 +228,17 @@ def add_control_tokens(model: Any, tokenizer: Any, tags: Sequence[str]) -> list[
     return ids
 
 
-def load(config: BaseConfig, *, tags: Sequence[str]) -> Pretrained:
+def load(config: BaseConfig, *, tags: Sequence[str], bf16: bool = False) -> Pretrained:
     """Read a model, with these tags as tokens, ready to be trained.
+
+    Args:
+        bf16: Whether it multiplies in bfloat16.
 
     Raises:
         ModelError: It cannot be read.
         RequestError: peft is needed and missing.
     """
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.device(config.device)
     flex = config.attention == "flex" or (config.attention == "auto" and device.startswith("cuda"))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.path)
@@ -239,7 +256,7 @@ def load(config: BaseConfig, *, tags: Sequence[str]) -> Pretrained:
     if config.lora_rank:
         model = _adapted(model, config, new or tokenizer.convert_tokens_to_ids(list(tags)))
     model.to(device).train()
-    return Pretrained(model, PretrainedTokenizer(tokenizer), flex=flex, bf16=config.bf16)
+    return Pretrained(model, PretrainedTokenizer(tokenizer), flex=flex, bf16=bf16)
 
 
 def _adapted(model: Any, config: BaseConfig, tokens: Sequence[int]) -> Any:
@@ -248,11 +265,14 @@ def _adapted(model: Any, config: BaseConfig, tokens: Sequence[int]) -> Any:
         import peft
     except ImportError as exc:
         raise RequestError("lora_rank needs peft, which is missing: pip install 'plait[hf]'") from exc
+    # A head of its own learns the tags too, or they would be said as seldom as their pieces.
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    rows = list(tokens) if tied else {"embed_tokens": list(tokens), "lm_head": list(tokens)}
     lora = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         target_modules=list(config.lora_targets),
-        trainable_token_indices=list(tokens) or None,
+        trainable_token_indices=rows if tokens else None,
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, lora)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plait.errors import RequestError
-from plait.formats import render
+from plait.formats import open_format, render
 from plait.formats.base import TrajectoryFormat
+from plait.train.data import Source
 from plait.train.pretrained.tokenizer import PretrainedTokenizer
 from plait.train.prompts import Prompt
 from plait.tree import Tree
@@ -91,6 +92,22 @@ class Records:
         ids = tokenizer.chat_ids(record["prompt"])
         return render(trajectory, format=format, tokenizer=tokenizer, prompt_ids=ids)
 
+    def source(self, format: str, tokenizer: Any) -> Source:
+        """Draws traces as a stream of batches asks for them; there is one family, and its name does not matter."""
+        opened = open_format(format, tokenizer)
+
+        def draw(family: str, rng: random.Random, split: Literal["train", "held_out"]) -> Tree:
+            records = self.split(split)
+            if not records:
+                raise RequestError(f"no line of {self.path} fell into the held-out share; make it larger")
+            return self.trace(rng.choice(records), format=opened, tokenizer=tokenizer)
+
+        return draw
+
+    def questions(self, tokenizer: Any, *, grade: Callable[[str, Any], bool], seed: int) -> RecordQuestions:
+        """Its records as prompts for reinforcement learning."""
+        return RecordQuestions(self, tokenizer, grade, seed)
+
     def prompt(
         self, record: dict[str, Any], *, tokenizer: PretrainedTokenizer, grade: Callable[[str, Any], bool]
     ) -> Prompt:
@@ -110,3 +127,19 @@ class Records:
             grade=lambda response: bool(grade(response.removesuffix(end), answer)),
             baseline_tokens=record.get("baseline_tokens"),
         )
+
+
+class RecordQuestions:
+    """The lines of a file as prompts: all of them once a pass, in an order of the seed's."""
+
+    def __init__(self, records: Records, tokenizer: Any, grade: Callable[[str, Any], bool], seed: int) -> None:
+        self._records, self._tokenizer, self._grade, self._seed = records, tokenizer, grade, seed
+
+    def __getitem__(self, number: int) -> Prompt:
+        return self._prompt(self._records.at(number, seed=self._seed))
+
+    def held_out(self, count: int) -> list[tuple[int, Prompt]]:
+        return [(n, self._prompt(r)) for n, r in enumerate(self._records.split("held_out")[:count])]
+
+    def _prompt(self, record: dict[str, Any]) -> Prompt:
+        return self._records.prompt(record, tokenizer=self._tokenizer, grade=self._grade)

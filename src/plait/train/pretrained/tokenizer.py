@@ -49,6 +49,20 @@ class PretrainedTokenizer:
     def control_id(self, text: str) -> int | None:
         return self._control.get(text)
 
+    def words(self, ids: Iterable[int]) -> dict[str, Any]:
+        """The vocabulary as a list of distinct texts, for logs; ids other than these are called by their numbers."""
+        needed = {*ids, *self.bos_ids, *self.eos_ids}
+        texts = [f"<{id}>" for id in range(max(needed) + 1)]
+        taken = {""}
+        for id in sorted(needed):
+            text = self.decode([id])
+            if text not in taken:
+                texts[id] = text
+                taken.add(text)
+        end = texts[self.eos_ids[0]]
+        opening = texts[self.bos_ids[0]] if self.bos_ids else end
+        return {"tokens": texts, "control": sorted(self._control.keys() & taken), "bos": opening, "eos": end}
+
     def chat_ids(self, messages: str | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """A prompt as ids: messages by the chat template, which a string is put in too where there is one.
 

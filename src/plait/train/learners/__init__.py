@@ -1,0 +1,90 @@
+"""Models that learn, one interface for all of them: `base` says what trainers ask, siblings are whose model it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+
+from plait.errors import RequestError
+from plait.train import checkpoint, machine
+from plait.train.config import OptimiserConfig
+from plait.train.learners.base import Learner, nll
+from plait.train.learners.embedded import Embedded, start_from
+from plait.train.model import Decoder
+from plait.train.pretrained.config import BaseConfig
+from plait.train.ranks import Ranks
+
+
+class Config(Protocol):
+    """What configs of all trainers say of the model."""
+
+    @property
+    def base(self) -> BaseConfig | None: ...
+    @property
+    def data(self) -> Any: ...
+    @property
+    def optimiser(self) -> OptimiserConfig: ...
+    @property
+    def precision(self) -> Literal["auto", "bf16", "fp32"]: ...
+    @property
+    def weights(self) -> Literal["F32", "F16", "Q8_0"]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+
+
+def open_learner(
+    config: Config,
+    *,
+    fresh: Callable[[], Decoder],
+    ranks: Ranks,
+    saved: Mapping[str, Any] | None,
+    start: bool = False,
+) -> Learner:
+    """The model that a config names, with its optimisers, as it was saved or as it begins.
+
+    Args:
+        config: With its precision resolved.
+        fresh: Makes one of Plait's own models where a run begins.
+        saved: A checkpoint's state to go on from.
+        start: Whether it is to remember the weights that the run started with.
+
+    Raises:
+        RequestError: Several processes train one of Plait's own models, or a package is missing.
+        ModelError: The weights cannot be read.
+    """
+    machine.keep_memory()
+    machine.use_threads(config.threads)
+    torch.manual_seed(config.seed)
+    if config.base is not None:
+        from plait.train.learners.pretrained import PretrainedLearner
+
+        learner: Learner = PretrainedLearner(
+            config.base,
+            config.optimiser,
+            format=config.data.format,
+            bf16=config.precision == "bf16",
+            ranks=ranks,
+            saved=saved,
+            start=start,
+        )
+    elif ranks.count > 1:
+        raise RequestError(f"one of Plait's own models trains in one process; these are {ranks.count}")
+    else:
+        learner = Embedded(
+            checkpoint.model_of(saved) if saved is not None else fresh(),
+            config.optimiser,
+            vocabulary=config.data.vocabulary,
+            precision="bf16" if config.precision == "bf16" else "fp32",
+            export=config.weights,
+            start=start,
+        )
+    if saved is not None:
+        learner.restore(saved)
+    return learner
+
+
+__all__ = ["Learner", "nll", "open_learner", "start_from"]
