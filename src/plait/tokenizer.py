@@ -7,8 +7,8 @@ traces write, does. So a prompt that contains `<Parallel>` is text and forks not
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from plait.errors import RequestError
 
@@ -52,12 +52,31 @@ class FixedTokenizer:
     def __init__(self, tokens: Sequence[str], *, control: Sequence[str], bos: str, eos: str) -> None:
         self.tokens = tuple(tokens)
         self.control = frozenset(control)
+        self._texts = _Texts(enumerate(self.tokens))
         self._ids = {text: i for i, text in enumerate(self.tokens)}
         assert len(self._ids) == len(self.tokens), "two tokens have the same text"
         self._any = _pattern(self.tokens)
         self._plain = _pattern(t for t in self.tokens if t not in self.control)
         self.bos_ids = (self._ids[bos],)
         self.eos_ids = (self._ids[eos],)
+
+    @classmethod
+    def from_dict(cls, about: Mapping[str, Any]) -> FixedTokenizer:
+        """What `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, AssertionError: It is something else.
+        """
+        return cls(about["tokens"], control=about["control"], bos=about["bos"], eos=about["eos"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The vocabulary as plain values: what weights and logs hold of it."""
+        return {
+            "tokens": list(self.tokens),
+            "control": sorted(self.control),
+            "bos": self.tokens[self.bos_ids[0]],
+            "eos": self.tokens[self.eos_ids[0]],
+        }
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -79,10 +98,17 @@ class FixedTokenizer:
         return at
 
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.tokens[i] if 0 <= i < len(self.tokens) else f"<{i}?>" for i in ids)
+        return "".join(map(self._texts.__getitem__, ids))
 
     def control_id(self, text: str) -> int | None:
         return self._ids[text] if text in self.control else None
+
+
+class _Texts(dict[int, str]):
+    """Text by id; an id that is none reads as such."""
+
+    def __missing__(self, id: int) -> str:
+        return f"<{id}?>"
 
 
 def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
