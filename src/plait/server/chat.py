@@ -59,7 +59,7 @@ class _Chat:
         async with asked.service.job(self.served, self.request, asked=asked, trace=self.trace) as job:
             if out is not None:
                 await self._send(out, {"role": "assistant", "content": ""})
-            transcript, order = Transcript(self.served.model.tokenizer, self.served.format), Ordered()
+            transcript, order = Transcript(job.served.model.tokenizer, job.served.format), Ordered()
             mixed = out is not None and self.body.plait.stream == "interleaved"
             async for event in job:
                 for piece in transcript.read(event):

@@ -60,15 +60,10 @@ class _Prompts:
             with failures.noting():
                 done[index] = await self._one(index, out)
 
-        try:
+        with failures.unwrapped():
             async with anyio.create_task_group() as prompts:
                 for index in range(len(self.prompts)):
                     prompts.start_soon(one, index)
-        except BaseExceptionGroup as group:
-            failure = failures.first(group, cancelled=anyio.get_cancelled_exc_class())
-            if failure is None:
-                raise
-            raise failure from None
         usage = _total([done[index][1] for index in sorted(done)])
         if out is None:
             return {**self.base, "choices": [done[index][0] for index in sorted(done)], "usage": usage}
@@ -107,7 +102,7 @@ class _Completions(_Prompts):
         trace = asked.trace(self.served, question, self.body.plait)
         parts: list[str] = []
         async with asked.service.job(self.served, self.requests[index], asked=asked, trace=trace) as job:
-            transcript, order = Transcript(self.served.model.tokenizer, self.served.format), Ordered()
+            transcript, order = Transcript(job.served.model.tokenizer, job.served.format), Ordered()
             stop = Cut(stops_of(self.body.stop))
             async for event in job:
                 for piece in transcript.read(event):

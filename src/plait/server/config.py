@@ -54,7 +54,7 @@ class ServeConfig:
     """Requests at once, waiting ones included."""
     max_requests_per_key: int | None = None
     max_threads_per_request: int = 64
-    """Most forked threads that a request may ask for."""
+    """Most forked threads that a request may ask for, also of a single fork."""
     max_tokens: int = 4096
     """Most sampled tokens that a request may ask for, all its threads together."""
     request_timeout_s: float = 120.0
@@ -144,7 +144,10 @@ class ServeConfig:
     def budget(self) -> Budget:
         """The most that a request may use."""
         return Budget(
-            max_threads=self.max_threads_per_request, max_tokens=self.max_tokens, deadline_s=self.request_timeout_s
+            max_threads=self.max_threads_per_request,
+            max_threads_per_fork=self.max_threads_per_request,
+            max_tokens=self.max_tokens,
+            deadline_s=self.request_timeout_s,
         )
 
 

@@ -24,6 +24,7 @@ class PlaitReply(BaseModel):
     stop: str
     note: str = ""
     forks_declined: str = ""
+    answered_by: str = ""
     run_id: str = ""
     unread_messages: int = 0
 

@@ -87,7 +87,7 @@ class _Response:
         async with asked.service.job(self.served, self.request, asked=asked, trace=self.trace) as job:
             await self._send(out, "response.created", response=self._data(None))
             await self._send(out, "response.in_progress", response=self._data(None))
-            transcript = Transcript(self.served.model.tokenizer, self.served.format)
+            transcript = Transcript(job.served.model.tokenizer, job.served.format)
             async for event in job:
                 for piece in transcript.read(event):
                     await self._piece(out, piece)

@@ -6,7 +6,7 @@ The `plait` field is ours: there every unknown name is refused.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -57,7 +57,8 @@ class PlaitOptions(BaseModel):
     format: str | None = None
     """Refuse a model of another trajectory format."""
     max_threads: Annotated[int, Field(ge=0)] | None = None
-    max_threads_per_fork: Annotated[int, Field(ge=0)] | None = None
+    max_threads_per_fork: Annotated[int, Field(ge=0)] | None = Budget().max_threads_per_fork
+    """As many as the run may have, if it asks for them or says null."""
     max_concurrent_threads: Annotated[int, Field(ge=1)] | None = None
     max_depth: Annotated[int, Field(ge=0)] | None = None
     max_thread_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -74,12 +75,12 @@ class PlaitOptions(BaseModel):
 
     def within(self, most: Budget, *, max_tokens: int | None = None) -> Budget:
         """These limits, none above the server's."""
-        asked = {name: getattr(self, name) for name in asdict(most)}
-        asked["max_tokens"] = min((n for n in (self.max_tokens, max_tokens) if n is not None), default=None)
         limits: dict[str, Any] = {}
-        for name, own in asdict(most).items():
-            limits[name] = min((n for n in (own, asked[name]) if n is not None), default=None)
-        return replace(most, **limits)
+        for field in fields(most):
+            asked = (self.max_tokens, max_tokens) if field.name == "max_tokens" else (getattr(self, field.name),)
+            given = (n for n in (getattr(most, field.name), *asked) if n is not None)
+            limits[field.name] = min(given, default=None)
+        return Budget(**limits)
 
 
 def _some(value: Any) -> Any:

@@ -29,7 +29,7 @@ from plait.server.metrics import JoinWaits, Metrics
 from plait.server.refusal import Refusal, body_of
 from plait.server.schemas import PlaitOptions
 from plait.server.traces import Trace, Traces
-from plait.server.transcript import ANSWER, ROOT, Cut
+from plait.server.transcript import ANSWER, ROOT
 from plait.session import Run, open_run
 from plait.terminal.reading import describe
 from plait.tree import Tree
@@ -162,6 +162,16 @@ class Service:
             raise Refusal(text, status=404, code="model_not_found", param="model")
         return self.served[name]
 
+    def in_line(self, served: Served) -> Served | None:
+        """Who answers in one line where this model may not fork.
+
+        Its sequential twin, which thinks so always. None where it has none that reads its prompts, or where its own
+        weights were trained to be told so.
+        """
+        twin = self.served.get(served.twin or "")
+        same = twin is not None and twin.model.tokenizer.tokens == served.model.tokenizer.tokens
+        return twin if same and served.model.levels is None else None
+
     @asynccontextmanager
     async def job(
         self, served: Served, request: Request, *, asked: Asked, trace: Trace | None = None
@@ -180,6 +190,16 @@ class Service:
             async with _opened_job(asked, served, lane, lease, request, trace) as job:
                 yield job
 
+    def lane_on(self, served: Served, lease: Lease) -> Lane:
+        """A model's engine as an admitted request sees it.
+
+        Raises:
+            EngineUnavailable: It is not open.
+        """
+        if served.engine is None:
+            raise EngineUnavailable("the server is not ready")
+        return Lane(served.engine, self.admission, lease, vocab_size=len(served.model.tokenizer.tokens))
+
     @contextmanager
     def lane(self, served: Served, asked: Asked) -> Iterator[tuple[Lane, Lease]]:
         """A model's engine as one request may use it.
@@ -189,8 +209,6 @@ class Service:
             EngineUnavailable: It is not open.
             EngineTimeout: It said nothing for too long.
         """
-        if served.engine is None:
-            raise EngineUnavailable("the server is not ready")
         try:
             salt = cache_salt(asked.client, self._secret)
             with (
@@ -198,9 +216,8 @@ class Service:
                 # One for all calls of the request, so that its forks find what it has computed.
                 affinity(f"plait-{secrets.token_hex(8)}", cache_salt=salt),
             ):
-                vocab_size = len(served.model.tokenizer.tokens)
                 with lease.scope:
-                    yield Lane(served.engine, self.admission, lease, vocab_size=vocab_size), lease
+                    yield self.lane_on(served, lease), lease
                 if lease.failure is not None and lease.scope.cancelled_caught:
                     raise lease.failure
         except Refusal as exc:
@@ -212,13 +229,19 @@ class Service:
 async def _opened_job(
     asked: Asked, served: Served, lane: Lane, lease: Lease, request: Request, trace: Trace | None
 ) -> AsyncGenerator[Job, None]:
-    forks = served.model.join != "none"
-    if forks and not lease.may_fork:
-        # A fork id is then not sampled at all: the model goes on in one line.
-        request = replace(request, budget=replace(request.budget, max_threads=0))
+    said: dict[str, Any] = {}
+    if served.model.join != "none" and not lease.may_fork:
         asked.service.metrics.declined.inc()
+        said["forks_declined"] = "the server is busy"
+        twin = asked.service.in_line(served)
+        if twin is None:
+            # A fork id is then not sampled at all: the model goes on in one line.
+            request = replace(request, budget=replace(request.budget, max_threads=0))
+        else:
+            served, lane = twin, asked.service.lane_on(twin, lease)
+            said["answered_by"] = twin.name
     meta = {"model": served.model.id} if trace is None else _meta(served, request, trace)
-    job = Job(asked, served, lease, trace, declined=forks and not lease.may_fork)
+    job = Job(asked, served, lease, trace, said=said)
     failure: BaseException | None = None
     try:
         async with open_run(request, engine=lane, format=served.format, meta=meta) as job.run:
@@ -234,13 +257,17 @@ class Job:
     """One run of a request: iterate over it for its events."""
 
     run: Run
+    served: Served
+    """Who answers: the model that was asked, or its twin where forks were declined."""
 
-    def __init__(self, asked: Asked, served: Served, lease: Lease, trace: Trace | None, *, declined: bool) -> None:
+    def __init__(
+        self, asked: Asked, served: Served, lease: Lease, trace: Trace | None, *, said: dict[str, Any]
+    ) -> None:
         self.served = served
         self._asked, self._service, self._lease, self._trace = asked, asked.service, lease, trace
         self._events: list[Event] | None = None if asked.service.spans is None else []
         self._epoch = time.time()
-        self._declined = declined
+        self._said = said
         self._waits = JoinWaits(asked.service.metrics)
         self._sampled = False
         self.wall_s = 0.0
@@ -306,11 +333,9 @@ class Job:
     def about(self) -> dict[str, Any]:
         """The `plait` block of a response: how the run ended, where OpenAI's words are too few."""
         tree = self.tree
-        data: dict[str, Any] = {"stop": str(tree.stop or StopReason.STOP)}
+        data: dict[str, Any] = {"stop": str(tree.stop or StopReason.STOP), **self._said}
         if tree.note:
             data["note"] = tree.note
-        if self._declined:
-            data["forks_declined"] = "the server is busy"
         if self._trace is not None:
             data["run_id"] = self._trace.id
         return data
@@ -322,13 +347,15 @@ class Job:
 
     def answer_tokens(self) -> int:
         """Sampled tokens after the mark that the answer follows; the others are reasoning."""
-        cut, count = Cut([ANSWER]), 0
         decode = self.served.model.tokenizer.decode
-        for segment in self.tree.segments.values():
-            if segment.thread == ROOT:
-                for id in segment.sampled_ids:
-                    count += cut.found is not None
-                    cut.put(decode((id,)))
+        ids = [id for s in self.tree.segments.values() if s.thread == ROOT for id in s.sampled_ids]
+        left, count = len(decode(ids).partition(ANSWER)[2]), 0
+        # From the end: an answer is short, and a request waits for this.
+        for id in reversed(ids):
+            left -= len(decode((id,)))
+            if left < 0:
+                break
+            count += 1
         return count
 
 
