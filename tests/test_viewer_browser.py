@@ -483,6 +483,9 @@ def test_a_question_is_asked_and_its_run_shown(browser: Any) -> None:
         wait(browser, "return document.querySelector('.trace .stats')?.textContent.includes('42')")
         assert _Live.asked[-1] == {"question": "What is it?", "model": "tiny"}
         wait(browser, "return !document.querySelector('[data-axis=steps]').disabled")
+        press(browser, "2")
+        wait(browser, "return document.querySelector('[data-axis=steps]').ariaChecked === 'true'")
+        assert browser.execute_script("return document.querySelector('.question').value") == "What is it?"
         browser.execute_script(
             "document.getElementById('race').click(); document.querySelector('form').requestSubmit()"
         )

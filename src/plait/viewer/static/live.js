@@ -123,6 +123,8 @@ class AskView {
   async run() {
     const question = this.box.value.trim();
     if (!question) return;
+    // What follows is watched, and keys are for that.
+    this.box.blur();
     const models = this.race.checked && this.twin() ? [this.model.value, this.twin()] : [this.model.value];
     await this._read(models, (i, abort, on) => ask(models[i] ? { question, model: models[i] } : { question }, abort.signal, on));
   }

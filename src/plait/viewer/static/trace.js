@@ -28,7 +28,7 @@ class TraceView {
     this.player = new Player(run.wall || 1e-3, (clock) => this.seek(clock));
     this.axes = el('div', { class: 'segmented', role: 'radiogroup', 'aria-label': 'Axis' },
       Object.entries(AXES).map(([key, axis], i) => el('button', {
-        role: 'radio', 'data-axis': key, title: `${axis.about} (${i + 1})`, onclick: () => this.setAxis(key),
+        role: 'radio', 'data-axis': key, title: `${axis.about} (${i + 1})`, onclick: () => this.choose(key),
       }, axis.name)));
     this.heat = button('toggle', 'Doubt', 'Shade tokens that the model was unsure of (h)', () => this._heat());
     this.tags = button('link', 'hide tags', 'Leave out tags that fork and join (g)', () => this._plain());
@@ -78,14 +78,22 @@ class TraceView {
       stat('Longest context', big(usage.longest_context_tokens));
       if (usage.reread_tokens) stat('Read again', big(usage.reread_tokens));
     }
-    const ended = run.stop ? STOPS[run.stop] || run.stop : run.cut ? 'cut off' : 'at work';
-    stat('Ended', ended, run.finished && run.stop !== 'eos' ? 'bad' : '', run.note || run.cut || HINTS.Ended);
+    if (run.stop || run.cut) {
+      const ended = run.stop ? STOPS[run.stop] || run.stop : 'cut off';
+      stat('Ended', ended, run.finished && run.stop !== 'eos' ? 'bad' : '', run.note || run.cut || HINTS.Ended);
+    }
     for (const name of ['Model', 'Format', 'Engine']) {
       const value = String(run.meta[name.toLowerCase()] ?? '').split('@')[0];
       if (value) stat(name, value, 'quiet');
     }
     this.stats.replaceChildren(...stats);
     this.legend.replaceChildren(...legend(run));
+  }
+
+  // Only time is replayed: on another axis the whole run is seen.
+  choose(axis) {
+    if (axis !== 'time' && this.player.clock !== null) this.player.reset();
+    this.setAxis(axis);
   }
 
   setAxis(axis) {
@@ -154,8 +162,8 @@ class TraceView {
   key(e) {
     const at = this.lanes.selected, token = this.lanes.token, run = this.run;
     switch (e.key) {
-      case '1': case '2': case '3': this.setAxis(Object.keys(AXES)[Number(e.key) - 1]); return true;
-      case 'x': { const keys = Object.keys(AXES); this.setAxis(keys[(keys.indexOf(this.lanes.axis) + 1) % 3]); return true; }
+      case '1': case '2': case '3': this.choose(Object.keys(AXES)[Number(e.key) - 1]); return true;
+      case 'x': { const keys = Object.keys(AXES); this.choose(keys[(keys.indexOf(this.lanes.axis) + 1) % 3]); return true; }
       case ' ': this.player.toggle(); return true;
       case 'h': this._heat(); return true;
       case 'g': this._plain(); return true;
