@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+import anyio
+
 
 class PlaitError(Exception):
     """Base of every error that Plait raises on purpose."""
@@ -128,9 +130,20 @@ class Failures:
                 self._in_order.append(exc)
             raise
 
-    def first(self, group: BaseExceptionGroup[Any], *, cancelled: type[BaseException]) -> BaseException | None:
+    @contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """Raise the first failure of the task groups inside; where nothing was but cancellations, those."""
+        try:
+            yield
+        except BaseExceptionGroup as group:
+            failure = self.first(group)
+            if failure is None:
+                raise
+            raise failure from None
+
+    def first(self, group: BaseExceptionGroup[Any]) -> BaseException | None:
         """The failure that came first; None where nothing was but cancellations."""
-        found = [exc for exc in _leaves(group) if not isinstance(exc, cancelled)]
+        found = [exc for exc in _leaves(group) if not isinstance(exc, anyio.get_cancelled_exc_class())]
         exits = [exc for exc in found if not isinstance(exc, Exception)]
         for first in (*exits, *self._in_order, *found):
             # By its members: a scheduler may have rebuilt the group on the way.

@@ -109,7 +109,7 @@ async def open_run(
                 yield Run(program.tree, program.channel)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        failure = program.failures.first(group, cancelled=anyio.get_cancelled_exc_class())
+        failure = program.failures.first(group)
         if failure is None:
             raise
     finally:

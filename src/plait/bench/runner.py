@@ -18,7 +18,7 @@ import anyio
 
 from plait import tasks
 from plait.engines.base import Engine
-from plait.errors import LogError, RequestError
+from plait.errors import Failures, LogError, RequestError
 from plait.events import Event
 from plait.formats.base import TrajectoryFormat
 from plait.models import Model, load_model, prompt_ids, response_text
@@ -123,19 +123,19 @@ async def evaluate(
     records: dict[int, Record] = {}
     source = iter(enumerate(problems))
     runner = _Runner(engine, format, tokenizer, model, budget or Budget(), concurrency, seed, on_run)
+    failures = Failures()
 
     async def work() -> None:
-        for number, problem in source:
-            records[number] = record = await runner.record(problem)
-            if on_record is not None:
-                on_record(record)
+        with failures.noting():
+            for number, problem in source:
+                records[number] = record = await runner.record(problem)
+                if on_record is not None:
+                    on_record(record)
 
-    try:
+    with failures.unwrapped():
         async with anyio.create_task_group() as workers:
             for _ in range(concurrency):
                 workers.start_soon(work)
-    except BaseExceptionGroup as group:
-        raise _first(group) from None
     return [records[number] for number in sorted(records)]
 
 
@@ -347,14 +347,6 @@ class _Runner:
             max_threads=self.budget.max_threads,
             max_tokens=self.budget.max_tokens,
         )
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first failure of a group; what else failed with it was cancelled by it."""
-    failure: BaseException = group
-    while isinstance(failure, BaseExceptionGroup):
-        failure = failure.exceptions[0]
-    return failure
 
 
 def by_model(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -62,15 +62,10 @@ async def score(engine: Engine, token_ids: Sequence[int], *, vocab_size: int) ->
                 scored[count] = await _after(engine, ids, count, vocab_size)
 
     await after(len(ids))
-    try:
+    with failures.unwrapped():
         async with anyio.create_task_group() as calls:
             for count in range(1, len(ids)):
                 calls.start_soon(after, count)
-    except BaseExceptionGroup as group:
-        failure = failures.first(group, cancelled=anyio.get_cancelled_exc_class())
-        if failure is None:
-            raise
-        raise failure from None
     return [scored[count] for count in sorted(scored)]
 
 
