@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from plait.engines.base import Engine
-from plait.errors import EngineTimeout
+from plait.errors import EngineError, EngineTimeout, RequestError
 from plait.models import Model, gold_model
 from plait.server import Served
 from plait.types import Chunk, Context, SamplingParams, StopReason, context_merges
@@ -110,6 +110,17 @@ def crash(params: SamplingParams) -> Any:
 
 def late(params: SamplingParams) -> Any:
     raise EngineTimeout("no token in 5 s")
+
+
+ADDRESS = "http://10.1.2.3:8001/v1"
+
+
+def refused(params: SamplingParams) -> Any:
+    raise RequestError(f"{ADDRESS} answered 307: Moved. Redirects are not followed: give the address it leads to")
+
+
+def broken(params: SamplingParams) -> Any:
+    raise EngineError(f"{ADDRESS}, the only one, failed ({ADDRESS}): out of memory")
 
 
 def chunk(ids: tuple[int, ...] = (1,), logprobs: tuple[float, ...] = (0.0,), stop: StopReason | None = None) -> Chunk:
@@ -215,6 +226,25 @@ def test_a_run_that_is_watched_says_how_it_failed(server: tuple[Running, Plan]) 
         assert "NaN" not in followed
         for line in running.get(f"/plait/runs/{row['id']}/log").text.splitlines():
             json.loads(line)
+
+
+@pytest.mark.parametrize("fault", [refused, broken])
+def test_no_client_is_told_where_an_engine_is(
+    server: tuple[Running, Plan], fault: Callable[[SamplingParams], Any]
+) -> None:
+    running, plan = server
+    for phase in ("before the first token", "in a thread"):
+        for path, body in {**ENDPOINTS, "/plait/runs": {"question": QUESTION}}.items():
+            for stream in (True, False):
+                plan.arm(phase, fault)
+                said = running.post(path, body | {"stream": stream}).text
+                assert plan.struck
+                assert "its server" in said
+                assert "10.1.2.3" not in said
+    runs = running.get("/plait/runs").json()["data"]
+    followed = running.get(f"/plait/runs/{runs[0]['id']}/events").text
+    assert "its server" in followed
+    assert "10.1.2.3" not in followed
 
 
 def test_after_all_that_the_server_answers(server: tuple[Running, Plan]) -> None:

@@ -6,12 +6,14 @@ what only a server can refuse for.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from plait.errors import PlaitError
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _TYPES |= {408: "timeout_error", 429: "rate_limit_error", 503: "overloaded_error"}
+_ADDRESS = re.compile(r"[a-z][a-z+.-]*://[^\s,;'\")\]]+", re.IGNORECASE)
 
 
 class Refusal(PlaitError):
@@ -54,12 +56,17 @@ def status_of(exc: BaseException) -> int:
 def body_of(exc: BaseException) -> dict[str, Any]:
     """An error in OpenAI's shape. What was not raised on purpose says nothing of the server's inside."""
     status = status_of(exc)
-    message = (
-        str(exc) if isinstance(exc, PlaitError) else "the server failed; its log says why, under this request's id"
-    )
+    message = "the server failed; its log says why, under this request's id"
+    if isinstance(exc, PlaitError):
+        message = str(exc) if isinstance(exc, Refusal) else without_addresses(str(exc))
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     code = getattr(exc, "code", None) or _code(exc)
     return {"error": {"message": message, "type": kind, "param": getattr(exc, "param", None), "code": code}}
+
+
+def without_addresses(text: str) -> str:
+    """What an engine's error says, for a client: where the engine is stands in the log only."""
+    return _ADDRESS.sub("its server", text)
 
 
 def _code(exc: BaseException) -> str:

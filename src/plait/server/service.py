@@ -19,14 +19,14 @@ from plait.engines import is_address
 from plait.engines.affinity import affinity
 from plait.engines.base import Engine
 from plait.errors import EngineUnavailable, RequestError, UnsupportedJoin, nearest
-from plait.events import Event, TokensSampled
+from plait.events import Event, RunEnded, SegmentEnded, TokensSampled
 from plait.formats.base import TrajectoryFormat
 from plait.models import Model
 from plait.server.admission import Admission, Lane, Lease
 from plait.server.config import ServeConfig
 from plait.server.keys import Client, cache_salt
 from plait.server.metrics import JoinWaits, Metrics
-from plait.server.refusal import Refusal, body_of
+from plait.server.refusal import Refusal, body_of, without_addresses
 from plait.server.schemas import PlaitOptions
 from plait.server.traces import Trace, Traces
 from plait.server.transcript import ANSWER, ROOT
@@ -300,6 +300,9 @@ class Job:
         metrics = self._service.metrics
         if hasattr(self, "run"):
             for event in self.run.pending():
+                if isinstance(event, SegmentEnded | RunEnded):
+                    # Of a run that failed these say why.
+                    event = replace(event, note=without_addresses(event.note))
                 self._take(event)
             metrics.observe(self.tree, engine=self.served.engine_label)
             metrics.latency.observe(self.wall_s)
