@@ -98,12 +98,14 @@ def measured(records: Sequence[Record], models: Sequence[Model], drawn: Sequence
         one_line = 0.0
         for model in models:
             own = [r for r in records if r.model == model.id and group in (groups[r.prompt], "all")]
-            if not own:
+            # A mean over all families is one only where none is missing.
+            if not own or (group == "all" and {r.prompt for r in own} != groups.keys()):
                 continue
             # Tokens of runs side by side where there are any: greedy runs alone are the same up to rounding.
             s = summary([r for r in own if r.concurrency > 1] or own)
             walls = [1000 * r.wall_s for r in own if r.concurrency == 1]
-            one_line = one_line or s.critical_path_tokens
+            if model.format_name == "sequential":
+                one_line = s.critical_path_tokens
             low, high = wilson(s.right, s.n)
             rows.append(
                 (
@@ -114,7 +116,7 @@ def measured(records: Sequence[Record], models: Sequence[Model], drawn: Sequence
                     f"{100 * low:.0f}-{100 * high:.0f}",
                     f"{s.total_tokens:.0f}",
                     f"{s.critical_path_tokens:.0f}",
-                    f"{one_line / s.critical_path_tokens:.2f}",
+                    f"{one_line / s.critical_path_tokens:.2f}" if one_line else "-",
                     f"{s.longest_context_tokens:.0f}",
                     f"{s.reread_tokens:.0f}",
                     f"{statistics.fmean(walls):.0f} ({statistics.median(walls):.0f})" if walls else "-",
