@@ -29,7 +29,6 @@ LAYERS = (
     ("train",),
     ("terminal",),
     ("viewer",),
-    ("viewer",),
     ("server",),
     ("commands",),
     ("cli",),
