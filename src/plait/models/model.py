@@ -263,8 +263,7 @@ def _about(path: Path, header: Header) -> Mapping[str, Any]:
 
 def _model(path: Path, name: str, header: Header, about: Mapping[str, Any]) -> Model:
     try:
-        tokens = about["tokenizer"]
-        tokenizer = FixedTokenizer(tokens["tokens"], control=tokens["control"], bos=tokens["bos"], eos=tokens["eos"])
+        tokenizer = FixedTokenizer.from_dict(about["tokenizer"])
         architecture = header.metadata["general.architecture"]
         return Model(
             name=name,

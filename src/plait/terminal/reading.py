@@ -178,21 +178,13 @@ def describe(tokenizer: Vocabulary) -> dict[str, Any]:
 
     Nothing for one that is more than a list of texts; such a trace shows ids.
     """
-    if not isinstance(tokenizer, FixedTokenizer):
-        return {}
-    return {
-        "tokens": list(tokenizer.tokens),
-        "control": sorted(tokenizer.control),
-        "bos": tokenizer.tokens[tokenizer.bos_ids[0]],
-        "eos": tokenizer.tokens[tokenizer.eos_ids[0]],
-    }
+    return tokenizer.to_dict() if isinstance(tokenizer, FixedTokenizer) else {}
 
 
 def reader_of(meta: dict[str, Any]) -> Reader:
     """The reader for a log's meta; what the meta does not say is shown as ids and plain text."""
     try:
-        about = meta["tokenizer"]
-        tokenizer = FixedTokenizer(about["tokens"], control=about["control"], bos=about["bos"], eos=about["eos"])
+        tokenizer = FixedTokenizer.from_dict(meta["tokenizer"])
     except (KeyError, TypeError, AssertionError):
         return Reader(None, None)
     try:

@@ -89,19 +89,9 @@ def description(config: Mapping[str, Any], *, scores: Mapping[str, Any], tokeniz
         "schema": SCHEMA,
         "format": format,
         "join": format_class(format).join_kind,
-        "tokenizer": words(tokenizer),
+        "tokenizer": tokenizer.to_dict(),
         "train": dict(config),
         "scores": dict(scores),
-    }
-
-
-def words(tokenizer: FixedTokenizer) -> dict[str, Any]:
-    """A vocabulary as plain values."""
-    return {
-        "tokens": list(tokenizer.tokens),
-        "control": sorted(tokenizer.control),
-        "bos": tokenizer.tokens[tokenizer.bos_ids[0]],
-        "eos": tokenizer.tokens[tokenizer.eos_ids[0]],
     }
 
 

@@ -103,7 +103,7 @@ class Embedded(Learner):
         return {"dtype": "float32"}
 
     def words(self, ids: frozenset[int]) -> dict[str, Any]:
-        return checkpoint.words(self.words_of)
+        return self.words_of.to_dict()
 
     def export(self, out: Path, *, config: Mapping[str, Any], scores: Mapping[str, Any]) -> Path:
         about = checkpoint.description(config, scores=scores, tokenizer=self.words_of)
