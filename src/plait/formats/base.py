@@ -206,10 +206,6 @@ class TrajectoryFormat(Protocol):
         tag. Empty where a thread ends with end-of-sequence."""
         ...
 
-    def thread_text(self, body: str, returns: str | None = None) -> str:
-        """What the model writes as one thread without blocks."""
-        return f"{self.lead}{body}{self.end_text(returns)}"
-
     def close_text(self, conclusion: str) -> str:
         """What the model writes after the join to close the block."""
         ...
