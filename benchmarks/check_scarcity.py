@@ -1,13 +1,13 @@
-"""Random programs of forks, joins, cancellations and evictions in too little memory, on the engines of this process.
+"""Random workloads of forks, joins, cancellations and evictions in too little memory, on the engines of this process.
 
-    python benchmarks/check_scarcity.py                            1,000 programs on llama.cpp and on torch
+    python benchmarks/check_scarcity.py                            1,000 workloads on llama.cpp and on torch
     python benchmarks/check_scarcity.py --engine llamacpp --seeds 200 --first 5000 --json
 
-A program is 3 to 8 runs at once of threads that fork and join by merge or by reading again, on tiny random float32
+A workload is 3 to 8 runs at once of threads that fork and join by merge or by reading again, on tiny random float32
 weights; the engine has 128 to 256 cells (other sizes for each seed), of which one run alone takes most. Every sampled
 token and its log-probability are held against a dense float64 forward with explicit mask and positions; after each
-program the engine must be idle, its books must balance, a context as long as it takes must fit, and after `forget`
-no cell may be held. Ends with code 1 at the first program where something does not hold, and says which. Needs the
+workload the engine must be idle, its books must balance, a context as long as it takes must fit, and after `forget`
+no cell may be held. Ends with code 1 at the first workload where something does not hold, and says which. Needs the
 train extra (it writes its own weights); torch if that engine is asked for.
 """
 
@@ -35,13 +35,13 @@ BACKENDS = ("asyncio", "trio")
 
 
 def check(name: str, seeds: range, gguf: Path) -> tuple[Findings, str | None]:
-    """Every program on one engine, with a line of progress; what was found, and what does not hold."""
+    """Every workload on one engine, with a line of progress; what was found, and what does not hold."""
     found, start = Findings(), time.perf_counter()
     for number, seed in enumerate(seeds, 1):
         try:
             found += anyio.run(scarce_engines.run, name, seed, gguf, backend=BACKENDS[seed % 2])
         except (EngineProtocolError, AssertionError, BaseExceptionGroup) as exc:
-            return found, f"program {seed}: {type(exc).__name__}: {exc}"
+            return found, f"workload {seed}: {type(exc).__name__}: {exc}"
         if sys.stderr.isatty() or number % 50 == 0 or number == len(seeds):
             end = "\r" if sys.stderr.isatty() and number < len(seeds) else "\n"
             passed = time.perf_counter() - start
@@ -68,8 +68,9 @@ def main(args: argparse.Namespace) -> int:
                 }
             )
             failed = failed or wrong is not None
-    columns = ("engine", "programs", "calls", "ended", "cut", "refused", "merges", "tokens", "preemptions", "evictions")
-    columns += ("forgets", "unpressed", "drafted_tokens", "accepted_tokens", "largest_error", "largest_gap", "wall_s")
+    columns = ("engine", "workloads", "calls", "ended", "cut", "refused", "merges", "tokens", "preemptions")
+    columns += ("evictions", "forgets", "unpressed", "drafted_tokens", "accepted_tokens")
+    columns += ("largest_error", "largest_gap", "wall_s")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         values = (f"{v:.1e}" if isinstance(v := row[c], float) and c != "wall_s" else str(v) for c in columns)
@@ -84,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="llamacpp,torch", metavar="NAME[,NAME]", help="default: both")
-    parser.add_argument("--seeds", type=int, default=1000, metavar="N", help="programs on each (default 1000)")
+    parser.add_argument("--seeds", type=int, default=1000, metavar="N", help="workloads on each (default 1000)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the first seed")
     parser.add_argument("--json", action="store_true", help="print a list of rows as the last line")
     sys.exit(main(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""Engines on tiny random weights with too few cells, each seed with other sizes, and the program run on one of them."""
+"""Engines on tiny random weights with too few cells, each seed with other sizes, and a workload run on one of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import tiny_llama
-from plait.testing.scarcity import Findings, run_program
+from plait.testing.scarcity import Findings, run_workload
 
 ENGINES = ("llamacpp", "torch")
 
 
 def make(name: str, seed: int, gguf: Path) -> tuple[Any, dict[str, int]]:
-    """An engine, and what `run_program` has to know of its memory."""
+    """An engine, and what `run_workload` has to know of its memory."""
     rng = random.Random(f"sizes {seed}")
     if name == "llamacpp":
         from plait.engines.llamacpp import LlamaCppEngine
@@ -47,10 +47,10 @@ def make(name: str, seed: int, gguf: Path) -> tuple[Any, dict[str, int]]:
 
 
 async def run(name: str, seed: int, gguf: Path) -> Findings:
-    """One program on a fresh engine."""
+    """One workload on a fresh engine."""
     engine, memory = make(name, seed, gguf)
     async with engine:
-        return await run_program(
+        return await run_workload(
             engine,
             seed,
             vocab_size=tiny_llama.VOCAB,

@@ -1,4 +1,4 @@
-"""Random programs in too little memory, a few of those of `benchmarks/check_scarcity.py`; and that faults are found."""
+"""Random workloads in too little memory, a few of `benchmarks/check_scarcity.py`'s; and that faults are found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plait.engines.llamacpp import LlamaCppEngine
 from plait.engines.llamacpp.binding import Decoder
 from plait.engines.llamacpp.scheduler import Scheduler
 from plait.errors import EngineProtocolError
-from plait.testing.scarcity import Findings, run_program
+from plait.testing.scarcity import Findings, run_workload
 from test_llamacpp import PROMPT, assert_balanced, call
 
 pytest.importorskip("gguf", reason="writes its own weights: needs the train extra")
@@ -26,7 +26,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama.write(tmp_path_factory.mktemp("weights") / "tiny.gguf")
 
 
-def programs(name: str, gguf: Path, seeds: range) -> Findings:
+def workloads(name: str, gguf: Path, seeds: range) -> Findings:
     found = Findings()
     for seed in seeds:
         found += anyio.run(scarce_engines.run, name, seed, gguf, backend=("asyncio", "trio")[seed % 2])
@@ -37,8 +37,8 @@ def programs(name: str, gguf: Path, seeds: range) -> Findings:
 def test_no_program_gives_a_wrong_token_leaks_a_cell_or_hangs(name: str, gguf: Path) -> None:
     if name == "torch":
         pytest.importorskip("torch")
-    found = programs(name, gguf, range(1, 3))
-    assert found.programs == 2
+    found = workloads(name, gguf, range(1, 3))
+    assert found.workloads == 2
     assert found.ended > found.calls / 2
     assert found.unpressed == 0, "something had to give way in each"
     assert min(found.merges, found.cut, found.forgets, found.evictions) > 0
@@ -104,7 +104,7 @@ def test_a_planted_fault_is_found(plant: Any, message: str, gguf: Path, monkeypa
     async def main() -> None:
         engine = LlamaCppEngine(gguf, cache="F32", cells=256, max_seqs=256, flush_s=0)
         async with engine:
-            await run_program(
+            await run_workload(
                 engine,
                 0,
                 vocab_size=tiny_llama.VOCAB,

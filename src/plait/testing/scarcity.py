@@ -1,6 +1,6 @@
-"""Random programs on an engine with too little memory for them: no wrong token, no leaked cell, no deadlock.
+"""Random workloads on an engine with too little memory for them: no wrong token, no leaked cell, no deadlock.
 
-A program is several runs at once. Each is a thread that samples, forks threads of its own, joins them by merge or by
+A workload is several runs at once. Each is a thread that samples, forks threads of its own, joins them by merge or by
 reading them again, and goes on. Any of them may be cut off at any point, readers are slow or leave, and now and then
 the engine is told to forget what it has cached. What was sampled is held against a reference afterwards, every call
 in the context that it really had, so one near-tie does not make all that follows incomparable.
@@ -20,7 +20,7 @@ import anyio
 import anyio.lowlevel
 
 from plait.engines.base import Engine
-from plait.errors import ContextLengthError, EngineError, EngineProtocolError
+from plait.errors import ContextLengthError, EngineError, EngineProtocolError, Failures
 from plait.types import Context, Merge, SamplingParams, StopReason, context_cells, context_positions
 
 Rows: TypeAlias = Callable[[Context, Sequence[int]], Sequence[Sequence[float]]]
@@ -32,9 +32,9 @@ _PATIENCE_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What one program came to, or many."""
+    """What one workload came to, or many."""
 
-    programs: int = 0
+    workloads: int = 0
     calls: int = 0
     ended: int = 0
     """Calls that ran to their end."""
@@ -54,7 +54,7 @@ class Findings:
     evictions: int = 0
     forgets: int = 0
     unpressed: int = 0
-    """Programs in which nothing had to give way: memory was not too small for them."""
+    """Workloads in which nothing had to give way: memory was not too small for them."""
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
@@ -75,7 +75,7 @@ class _Sampled:
     stop: StopReason | None
 
 
-async def run_program(
+async def run_workload(
     engine: Engine,
     seed: int,
     *,
@@ -87,40 +87,38 @@ async def run_program(
     limit_s: float = 60.0,
     check: Callable[[], object] = lambda: None,
 ) -> Findings:
-    """Run one program on an open engine that runs nothing else, and check what must hold.
+    """Run one workload on an open engine that runs nothing else, and check what must hold.
 
     Args:
-        seed: What the program does; not its timing.
+        seed: What the workload does; not its timing.
         cells: Tokens that the engine holds.
         block_size: Cells that it hands out at once.
         tolerance: Largest difference of log-probabilities, in nats, that is rounding.
-        limit_s: An engine that samples nothing for so long is in a deadlock. Not the time of a whole program: a busy
+        limit_s: An engine that samples nothing for so long is in a deadlock. Not the time of a whole workload: a busy
             machine may take any.
         check: Called when the engine is idle again: an engine's own look at its books.
 
     Raises:
         EngineProtocolError: Something does not hold; the message says what, and the seed.
     """
-    program = _Program(engine, seed, vocab_size=vocab_size, cells=cells, block_size=block_size)
+    workload = _Workload(engine, seed, vocab_size=vocab_size, cells=cells, block_size=block_size)
     before = engine.stats()
-    try:
-        await program.run(limit_s)
-    except BaseExceptionGroup as group:
-        raise _leaf(group) from None
+    with Failures().unwrapped():
+        await workload.run(limit_s)
     with anyio.move_on_after(_PATIENCE_S):
         while engine.stats().active or engine.stats().queued:  # noqa: ASYNC110 - an engine has no event to wait for
             await anyio.sleep(0.001)
     after = engine.stats()
     if after.active or after.queued:
-        raise program.broken(f"left {after.active} calls running and {after.queued} waiting")
+        raise workload.broken(f"left {after.active} calls running and {after.queued} waiting")
     check()
-    await program.fill_to_the_brim()
-    if await program.forget() and engine.stats().cached_tokens:
-        raise program.broken(f"left {engine.stats().cached_tokens} cells that nobody holds")
+    await workload.fill_to_the_brim()
+    if await workload.forget() and engine.stats().cached_tokens:
+        raise workload.broken(f"left {engine.stats().cached_tokens} cells that nobody holds")
     check()
     preemptions, evictions = after.preemptions - before.preemptions, after.evictions - before.evictions
     return replace(
-        program.findings(reference, tolerance),
+        workload.findings(reference, tolerance),
         preemptions=preemptions,
         evictions=evictions,
         unpressed=int(not preemptions and not evictions),
@@ -129,14 +127,7 @@ async def run_program(
     )
 
 
-def _leaf(error: BaseException) -> BaseException:
-    """The first error of nested task groups."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-class _Program:
+class _Workload:
     def __init__(self, engine: Engine, seed: int, *, vocab_size: int, cells: int, block_size: int) -> None:
         self.engine, self.seed, self.vocab_size = engine, seed, vocab_size
         self.cells, self.block_size = cells, block_size
@@ -144,7 +135,7 @@ class _Program:
         self.calls = self.refused = self.forgets = 0
 
     def broken(self, what: str) -> EngineProtocolError:
-        return EngineProtocolError(f"program {self.seed} on the {self.engine.name} engine {what}")
+        return EngineProtocolError(f"workload {self.seed} on the {self.engine.name} engine {what}")
 
     # Running
 
@@ -289,7 +280,7 @@ class _Program:
 
     def findings(self, reference: Rows, tolerance: float) -> Findings:
         """Hold every call against the reference."""
-        found = Findings(programs=1, calls=self.calls, refused=self.refused, forgets=self.forgets)
+        found = Findings(workloads=1, calls=self.calls, refused=self.refused, forgets=self.forgets)
         for call in self.sampled:
             error, gap = self._compare(call, reference, tolerance)
             found += Findings(
@@ -333,4 +324,4 @@ class _Program:
             raise self.broken(f"ended after {len(ids)} of {params.max_tokens} tokens, asked for {params}")
 
 
-__all__ = ["Findings", "Rows", "run_program"]
+__all__ = ["Findings", "Rows", "run_workload"]
