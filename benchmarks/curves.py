@@ -89,7 +89,7 @@ def _smoothed(values: Sequence[float], over: int) -> list[float]:
 def _nice(low: float, high: float) -> tuple[float, float]:
     """Bounds whose quarters are round, none above 1 where no value is."""
     for unit in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5):
-        first = unit * math.floor(low / unit + 1e-9)
+        first = unit * math.floor(low / unit + 0.01)
         if high <= 1:
             first = min(first, 1 - 4 * unit)
         if first + 4 * unit >= high - 1e-9:
