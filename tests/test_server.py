@@ -252,7 +252,7 @@ def test_only_the_last_message_is_read_and_the_reply_says_so(server: Running) ->
         (ask(n=2), "n", "1"),
         (ask(logprobs=True), "logprobs", "False"),
         (ask(temperature=-1), "temperature", "greater than or equal to 0"),
-        (ask(plait={"max_thread": 3}), "plait.max_thread", "not permitted"),
+        (ask(plait={"max_thread": 3}), "plait.max_thread", "did you mean 'max_threads'"),
         (ask(plait={"join": "first"}), "plait.join", "all"),
         (ask(plait={"format": "threadweaver"}), "plait.format", "trained in the multiverse format"),
         ({"messages": []}, "messages", "at least 1"),

@@ -15,14 +15,14 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from plait import __version__
-from plait.errors import PlaitError
+from plait.errors import PlaitError, nearest
 from plait.server import chat, completions, responses, runs, tokens
 from plait.server.config import ServeConfig
 from plait.server.guard import Guard
 from plait.server.metrics import CONTENT_TYPE
 from plait.server.refusal import Refusal, body_of, status_of
 from plait.server.reply import asked
-from plait.server.schemas import ErrorBody
+from plait.server.schemas import ErrorBody, PlaitOptions
 from plait.server.service import Asked, Served, Service
 
 
@@ -127,6 +127,8 @@ async def _invalid(_: Request, exc: Exception) -> Response:
     param = ".".join(where) or None
     unsupported = error["type"] in ("literal_error", "too_long", "none_required") and "plait" not in where[:1]
     message = f"{param}: {error['msg']}" if param else error["msg"]
+    if error["type"] == "extra_forbidden":
+        message = str(nearest(where[-1][:100], list(PlaitOptions.model_fields), "name in plait"))
     refusal = Refusal(message, code="unsupported_value" if unsupported else "invalid_value", param=param)
     return JSONResponse(body_of(refusal), status_code=400)
 
