@@ -67,7 +67,7 @@ class RolloutConfig:
     mode: Literal["sync", "one_step_off"] = "sync"
     """one_step_off: the next step's rollouts are sampled, with the weights before this step, while this one trains."""
     engine: str = "torch"
-    """torch: live weights in this process; llamacpp: a GGUF written at each step, the faster one on a CPU."""
+    """torch: live weights; llamacpp: a GGUF written at each step, faster where few rollouts run at a time."""
     cells: int | None = None
     """Tokens that the engine's cache holds, shared prefixes once; None: 1024 for each of `concurrency`."""
     max_tokens: int = 1536
