@@ -74,14 +74,8 @@ class APR(TrajectoryFormat):
         self.levels = levels
         self._tokenizer = tokenizer
         self._eos = tokenizer.eos_ids
-        self._call, self._end_call = self._control(_CALL), self._control(_END_CALL)
+        self._call, self._end_call = self.control_id(tokenizer, _CALL), self.control_id(tokenizer, _END_CALL)
         self.fork_ids = (self._call, self._end_call)
-
-    def _control(self, tag: str) -> int:
-        id = self._tokenizer.control_id(tag)
-        if id is None:
-            raise RequestError(f"the {self.name} format needs {tag} as one control token; this vocabulary has none")
-        return id
 
     @classmethod
     def tags(cls) -> tuple[str, ...]:

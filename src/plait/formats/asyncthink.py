@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from plait.errors import RequestError
 from plait.formats.base import (
     Await,
     Block,
@@ -61,18 +60,13 @@ class AsyncThink(TrajectoryFormat):
         for i in range(1, MAX_NUMBER + 1):
             if i > 1 and tokenizer.control_id(f"<FORK-{i}>") is None:
                 break
-            self._opens[self._control(f"<FORK-{i}>")] = str(i)
-            self._closes[self._control(f"</FORK-{i}>")] = str(i)
-            self._joins[self._control(f"<JOIN-{i}>")] = str(i)
-        self._return_open, self._return_close = self._control("<RETURN>"), self._control("</RETURN>")
+            self._opens[self.control_id(tokenizer, f"<FORK-{i}>")] = str(i)
+            self._closes[self.control_id(tokenizer, f"</FORK-{i}>")] = str(i)
+            self._joins[self.control_id(tokenizer, f"<JOIN-{i}>")] = str(i)
+        self._return_open = self.control_id(tokenizer, "<RETURN>")
+        self._return_close = self.control_id(tokenizer, "</RETURN>")
         self._before, self._after = ids(tokenizer, "\n<RETURN>"), ids(tokenizer, "</RETURN>\n")
         self.fork_ids = (*self._opens, *self._closes)
-
-    def _control(self, tag: str) -> int:
-        id = self._tokenizer.control_id(tag)
-        if id is None:
-            raise RequestError(f"the {self.name} format needs {tag} as one control token; this vocabulary has none")
-        return id
 
     @classmethod
     def tags(cls) -> tuple[str, ...]:

@@ -215,6 +215,17 @@ class TrajectoryFormat(Protocol):
         """The control tokens of this format."""
         return ()
 
+    def control_id(self, tokenizer: Tokenizer, tag: str) -> int:
+        """The id of a tag that this format needs.
+
+        Raises:
+            RequestError: The vocabulary does not have it as one control token.
+        """
+        id = tokenizer.control_id(tag)
+        if id is None:
+            raise RequestError(f"the {self.name} format needs {tag} as one control token; this vocabulary has none")
+        return id
+
     def refuse(self, block: Block, depth: int) -> None:
         """Say what of a block, in a thread at this depth, this format has no form for.
 

@@ -30,7 +30,7 @@ class ParallelR1(PathsFormat):
 
     def __init__(self, tokenizer: Tokenizer, *, num_paths: int = 2) -> None:
         super().__init__(tokenizer, num_paths=num_paths)
-        self.fork_ids = (self._control("<Parallel>"),)
+        self.fork_ids = (self.control_id(tokenizer, "<Parallel>"),)
 
     @classmethod
     def tags(cls) -> tuple[str, ...]:

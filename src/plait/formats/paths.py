@@ -44,8 +44,8 @@ class PathsFormat(TrajectoryFormat):
         self.num_paths = num_paths
         self._tokenizer = tokenizer
         self._eos = tokenizer.eos_ids
-        self._closers = tuple(self._control(f"</{self.path_tag(i)}>") for i in range(1, num_paths + 1))
-        self._control(f"<{self.summary}>")
+        self._closers = tuple(self.control_id(tokenizer, f"</{self.path_tag(i)}>") for i in range(1, num_paths + 1))
+        self.control_id(tokenizer, f"<{self.summary}>")
         self._after = ids(tokenizer, self.after_text())
         self._fork = Fork(
             branches=tuple(
@@ -53,12 +53,6 @@ class PathsFormat(TrajectoryFormat):
                 for i in range(1, num_paths + 1)
             )
         )
-
-    def _control(self, tag: str) -> int:
-        id = self._tokenizer.control_id(tag)
-        if id is None:
-            raise RequestError(f"the {self.name} format needs {tag} as one control token; this vocabulary has none")
-        return id
 
     @abstractmethod
     def path_tag(self, number: int) -> str:

@@ -48,8 +48,8 @@ class Plait(ThreadWeaver):
     def __init__(self, tokenizer: Tokenizer, *, levels: BudgetLevels | None = None) -> None:
         super().__init__(tokenizer)
         self.levels = levels
-        self._return_open = self._control("<Conclusion>")
-        self._return_close = self._control("</Conclusion>")
+        self._return_open = self.control_id(tokenizer, "<Conclusion>")
+        self._return_close = self.control_id(tokenizer, "</Conclusion>")
         self._lead = ids(tokenizer, self.lead)
         self._closer = ids(tokenizer, self.closer_text())
 

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
-from plait.errors import RequestError
 from plait.formats.base import (
     Block,
     Branch,
@@ -78,22 +77,16 @@ class TaggedFormat(TrajectoryFormat, ABC):
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._eos = tokenizer.eos_ids
-        self._outlines_open = self._control(f"<{self.outlines}>")
-        self._fork = self._control(f"</{self.outlines}>")
-        self._outline_open = self._control(f"<{self.outline}>")
-        self._outline_close = self._control(f"</{self.outline}>")
-        self._thread_close = self._control(f"</{self.thread}>")
+        self._outlines_open = self.control_id(tokenizer, f"<{self.outlines}>")
+        self._fork = self.control_id(tokenizer, f"</{self.outlines}>")
+        self._outline_open = self.control_id(tokenizer, f"<{self.outline}>")
+        self._outline_close = self.control_id(tokenizer, f"</{self.outline}>")
+        self._thread_close = self.control_id(tokenizer, f"</{self.thread}>")
         self._after = ids(tokenizer, self.after_text())
         self._glued = len(ids(tokenizer, self.header_text("1"))) - len(ids(tokenizer, self.glued_text("1")))
         """Ids that a header has less where a thread is read after another."""
-        block = (self._control(f"<{self.block}>"),) if self.block else ()
+        block = (self.control_id(tokenizer, f"<{self.block}>"),) if self.block else ()
         self.fork_ids = (*block, self._outlines_open, self._fork)
-
-    def _control(self, tag: str) -> int:
-        id = self._tokenizer.control_id(tag)
-        if id is None:
-            raise RequestError(f"the {self.name} format needs {tag} as one control token; this vocabulary has none")
-        return id
 
     def stop_ids(self, depth: int) -> tuple[int, ...]:
         # Without nesting a block inside a thread is plain text, the only stop is the closing tag.
