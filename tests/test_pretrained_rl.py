@@ -155,7 +155,8 @@ def test_an_interrupted_run_ends_in_the_same_weights_to_the_bit(
         assert column(tmp_path / "whole", name) == column(tmp_path / "parts", name)
     with pytest.raises(ModelError, match=r"another run: loss\.kl"):
         run(
-            config(qwen3, tmp_path, base={"lora_rank": lora}, rollout=rollout, loss={"minibatches": 2}), tmp_path / "parts"
+            config(qwen3, tmp_path, base={"lora_rank": lora}, rollout=rollout, loss={"minibatches": 2}),
+            tmp_path / "parts",
         )
 
 

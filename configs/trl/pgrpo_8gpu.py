@@ -13,6 +13,7 @@ question; see `plait.train.pretrained.records`. Only the main process samples, a
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -28,8 +29,9 @@ from plait.types import Budget
 SERVER, SEED = "http://127.0.0.1:8000", 1
 
 
-def config(out: str) -> AsyncGRPOConfig:
+def config(out: str, **more: Any) -> AsyncGRPOConfig:
     return AsyncGRPOConfig(
+        **more,
         output_dir=out,
         vllm_server_base_url=SERVER,
         learning_rate=1e-6,

@@ -26,17 +26,20 @@ class Ranks:
         self._opened = False
 
     def __enter__(self) -> Ranks:
-        if "RANK" in os.environ and not dist.is_initialized():
-            cuda = torch.cuda.is_available()
-            if cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl" if cuda else "gloo")
+        if self.count > 1 and not dist.is_initialized():
+            self.use_device()
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
             self._opened = True
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._opened:
             dist.destroy_process_group()
+
+    def use_device(self) -> None:
+        """Compute on this process's own GPU, where there are any; each thread that computes has to say so."""
+        if self.count > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
     def own(self, items: Sequence[T]) -> Sequence[T]:
         """Every n-th item: this process's share."""

@@ -231,6 +231,7 @@ class _Run:
         """Reward, compare, update; what there is to say of it."""
         # In one_step_off this is another thread, and OpenMP keeps its number of threads for each.
         machine.use_threads(self.config.threads)
+        self.ranks.use_device()
         judged = [self._judge(group) for group in groups]
         factor = self.config.schedule.factor(self.done(), self.progress.step)
         self._log_samples(judged)

@@ -63,7 +63,7 @@ class Pretrained(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.plain.get_input_embeddings().weight.device
+        return next(self.parameters()).device
 
     @property
     def num_parameters(self) -> int:
