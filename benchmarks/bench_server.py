@@ -2,8 +2,8 @@
 
     python benchmarks/bench_server.py [--engine embedded|scripted] [--runs 100] [--limit-ms 3] [--json]
 
-Starts `plait serve`; opens the same engine over the same weights in this process. For each question in turn, and in
-turns: the engine alone (one call, from the call to its last chunk), the server's whole reply, and its stream, both over
+Starts `plait serve`; opens the same engine over the same weights in this process. Question by question, and in turns:
+the engine alone (one call, from the call to its last chunk), the server's whole reply, and its stream, both over
 one kept connection, from the request's first byte sent. The model that never forks is the sequential twin. Then the
 adaptive model: the engine's first chunk against the stream's first byte and its first frame with text. Shown are the
 median of the differences of each pair and their quartiles, in milliseconds. The exit code is 0 where the overhead of
@@ -106,7 +106,9 @@ async def alone(engine: Engine, model: Model, question: str) -> Times:
 async def measure(port: int, models: Sequence[Model], options: dict[str, Any], runs: int) -> dict[str, Any]:
     """Differences of all pairs."""
     adaptive, twin = models
-    questions = [p.question for p in problems(["long_multiplication"], runs + 3, seed=7)]
+    # A question is asked once of each model on each side, so that nobody finds its prompt in a cache.
+    asked = [p.question for p in problems(["long_multiplication"], 2 * (runs + 3), seed=7)]
+    questions, others = asked[::2], asked[1::2]
     client = Client(port)
     found: dict[str, list[float]] = {}
 
@@ -114,12 +116,14 @@ async def measure(port: int, models: Sequence[Model], options: dict[str, Any], r
         found.setdefault(name, []).append(value)
 
     async with twin.open_engine(**options) as engine, adaptive.open_engine(**options) as forking:
-        for number, question in enumerate(questions):
+        for number, (question, other) in enumerate(zip(questions, others, strict=True)):
             # Who comes first changes from question to question.
             before = await alone(engine, twin, question) if number % 2 else None
             whole = client.ask(twin.name, question, stream=False)
             own = before or await alone(engine, twin, question)
-            stream = client.ask(twin.name, question, stream=True)
+            second = await alone(engine, twin, other) if number % 2 else None
+            stream = client.ask(twin.name, other, stream=True)
+            second = second or await alone(engine, twin, other)
             early = await alone(forking, adaptive, question) if number % 2 else None
             forked = client.ask(adaptive.name, question, stream=True)
             early = early or await alone(forking, adaptive, question)
@@ -128,9 +132,9 @@ async def measure(port: int, models: Sequence[Model], options: dict[str, Any], r
             note("engine alone, whole", own.whole)
             note("server, whole reply", whole.whole)
             note("overhead of a whole reply", whole.whole - own.whole)
-            note("overhead of a stream", stream.whole - own.whole)
+            note("overhead of a stream", stream.whole - second.whole)
             note("overhead of a whole reply, a token", (whole.whole - own.whole) / own.tokens)
-            note("first text of a stream, later by", stream.text - own.first)
+            note("first text of a stream, later by", stream.text - second.first)
             note("forked: engine's first chunk", early.first)
             note("forked: first byte, later by", forked.first - early.first)
             note("forked: first text, later by", forked.text - early.first)
