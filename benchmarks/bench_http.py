@@ -2,7 +2,7 @@
 
     python benchmarks/bench_http.py [--server llama-server|vllm] [--engine URL] [--runs 15] [--threads 1,4] [--json]
 
-By hand: one httpx2 client that streams the very bodies the engine would send and parses each event, nothing else.
+By hand: one httpx2 client that streams the very bodies the engine sends and parses each event, nothing else.
 Through Plait: a run of the same problem in a format that never forks, events read and folded. Without --engine a
 server is started on the embedded sequential model (one thread, loopback), which is so small that every microsecond of
 a client shows: a token takes a llama-server 0.1 ms. vLLM needs PLAIT_VLLM_PYTHON, the interpreter of an environment
@@ -28,9 +28,10 @@ from blocks import together
 
 from plait.engines.http import HttpEngine
 from plait.engines.http.base import Call
+from plait.formats.base import TrajectoryFormat
 from plait.models import load_model
 from plait.session import run
-from plait.types import Budget, SamplingParams
+from plait.types import Budget, Request
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 MODEL = "plait-tiny-sequential"
@@ -68,6 +69,24 @@ async def by_hand(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) ->
     return count
 
 
+async def what_is_sent(engine: HttpEngine, request: Request, format: TrajectoryFormat) -> tuple[str, dict[str, Any]]:
+    """Route and body of the one call that a request is."""
+    dialect, sent = engine._dialects[0], []
+    spell = dialect.body
+
+    def noting(call: Call) -> dict[str, Any]:
+        sent.append((dialect.route(call), spell(call)))
+        return sent[-1][1]
+
+    dialect.body = noting
+    try:
+        await run(request, engine=engine, format=format)
+    finally:
+        dialect.body = spell
+    (once,) = sent
+    return once
+
+
 async def measure(url: str, threads: int, runs: int) -> dict[str, Any]:
     """Wall seconds of `threads` problems at once, by hand and through Plait, in turn."""
     model = load_model(MODEL)
@@ -78,21 +97,12 @@ async def measure(url: str, threads: int, runs: int) -> dict[str, Any]:
     counts = {"hand": 0, "plait": 0}
     async with model.open_engine(url) as engine, httpx2.AsyncClient(timeout=60, trust_env=False) as client:
         assert isinstance(engine, HttpEngine)
-        dialect, server = engine._dialects[0], engine.servers[0]
-        most = engine.max_context - 100
-        params = SamplingParams(max_tokens=most, eos_ids=format.eos_ids(), logprobs=False)
+        server = engine.servers[0]
+        sent = [await what_is_sent(engine, request, format) for request in requests]
 
         async def one_by_hand(i: int) -> None:
-            call = Call(
-                model=server.model,
-                token_ids=requests[i].prompt_ids,
-                params=params,
-                max_tokens=most,
-                seed=0,
-                key=f"hand-{i}",
-                stop_texts={},
-            )
-            came = await by_hand(client, f"{url}{dialect.route(call)}", dialect.body(call))
+            route, body = sent[i]
+            came = await by_hand(client, f"{url}{route}", body)
             counts["hand"] += came
 
         async def one_through_plait(i: int) -> None:

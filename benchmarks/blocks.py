@@ -21,9 +21,11 @@ HEADER, SEPARATOR = 3, (5,)
 COLUMNS = (
     ("threads", "threads"),
     ("fork_ms", "fork ms"),
+    ("fork_own_ms", "of it not in the model"),
     ("tokens_per_s", "tokens/s"),
     ("tokens_per_s_of_one", "of one thread"),
     ("join_ms", "join ms"),
+    ("join_own_ms", "of it not in the model"),
     ("prefilled_again", "computed again"),
     ("block_ms", "block ms"),
     ("line_ms", "one line ms"),
@@ -90,17 +92,21 @@ async def block(
         `fork_ms` until all threads have their first token, less the same for one thread; `tokens_per_s` of all
         threads, first tokens included; `join_ms` until the parent's next token; `prefilled_again` tokens of threads
         that the join computed although they were computed before; `block_ms` from the start of the threads to the
-        parent's next token; `line_ms` of the line, and their ratio `speedup_wall`.
+        parent's next token; `line_ms` of the line, and their ratio `speedup_wall`. Of an engine that tells its
+        `compute_s`, also `fork_own_ms` and `join_own_ms`: from the calls to all their first tokens, less the time
+        inside the model, so what it costs to share a prefix and to take threads back, and all else that is no model.
     """
     await call(engine, (prefix,), 1)
     start = perf_counter()
     await call(engine, (prefix, headers(1, 0)[0]), 1)
-    one = perf_counter()
+    one, computed = perf_counter(), [engine.stats().compute_s]
     await side_by_side(engine, [(prefix, header) for header in headers(threads, 1)], 1)
     forked = perf_counter()
+    computed.append(engine.stats().compute_s)
     sampled = await side_by_side(engine, [(prefix, header) for header in headers(threads, 2)], tokens)
     done = perf_counter()
     before = engine.stats().prefill_tokens
+    computed.append(engine.stats().compute_s)
     branches = [(*header, *ids) for header, ids in zip(headers(threads, 2), sampled, strict=True)]
     if join == "merge":
         context: Context = (prefix, Merge(tuple((branch,) for branch in branches)), SEPARATOR)
@@ -108,6 +114,7 @@ async def block(
         context = (prefix, *branches, SEPARATOR)
     await call(engine, context, 1)
     joined = perf_counter()
+    computed.append(engine.stats().compute_s)
     # The last token of a thread is sampled but was never computed: computing it now is not again.
     again = engine.stats().prefill_tokens - before - len(SEPARATOR) - threads
     measured = {
@@ -118,6 +125,9 @@ async def block(
         "prefilled_again": max(0, again),
         "block_ms": (joined - forked) * 1e3,
     }
+    if computed[-1]:
+        measured["fork_own_ms"] = (forked - one - computed[1] + computed[0]) * 1e3
+        measured["join_own_ms"] = (joined - done - computed[3] + computed[2]) * 1e3
     if line:
         alone = perf_counter()
         await call(engine, (prefix, headers(1, 3)[0]), threads * tokens + 1)

@@ -29,6 +29,7 @@ class RawLlama:
     def __init__(self, path: Path, *, cells: int, threads: int, flash: bool = True) -> None:
         self._model = Model(path)
         self._decoder = Decoder(self._model, cells=cells, max_seqs=64, max_rows=_ROWS, flash=flash, wide_cache=False)
+        self._compute_s = 0.0
         for rows in (1, 2):
             self._decoder.set_threads(rows, threads)
 
@@ -62,15 +63,17 @@ class RawLlama:
         self._fork(1, headers(1, 0), len(prefix))
         start = perf_counter()
         self._fork(1, headers(1, 0), len(prefix))
-        one = perf_counter()
+        one, computed = perf_counter(), [self._compute_s]
         self._fork(threads, headers(threads, 1), len(prefix))
         forked = perf_counter()
+        computed.append(self._compute_s)
         ids = self._fork(threads, headers(threads, 2), len(prefix))
         at = len(prefix) + len(headers(1, 0)[0])
         seqs = range(1, threads + 1)
         for step in range(tokens - 1):
             ids = self._step(ids, at + step, seqs)
         sampled = perf_counter()
+        computed.append(self._compute_s)
         # The last token of a thread is part of what the parent reads.
         self._step(ids, at + tokens - 1, seqs)
         for seq in seqs:
@@ -78,6 +81,7 @@ class RawLlama:
             decoder.remove(seq)
         self._fill(0, SEPARATOR, at + tokens)
         joined = perf_counter()
+        computed.append(self._compute_s)
         measured = {
             "fork_ms": ((forked - one) - (one - start)) * 1e3,
             "tokens_per_s": threads * tokens / (sampled - forked),
@@ -85,6 +89,8 @@ class RawLlama:
             "join_ms": (joined - sampled) * 1e3,
             "prefilled_again": 0,
             "block_ms": (joined - forked) * 1e3,
+            "fork_own_ms": (forked - one - computed[1] + computed[0]) * 1e3,
+            "join_own_ms": (joined - sampled - computed[3] + computed[2]) * 1e3,
         }
         if line:
             decoder.clear()
@@ -126,9 +132,12 @@ class RawLlama:
 
     def _decode(self, rows: int, outputs: int) -> list[int]:
         self._decoder.num_seqs[:rows] = 1
+        start = perf_counter()
         code = self._decoder.decode(rows)
+        logits = self._decoder.logits(outputs)
+        self._compute_s += perf_counter() - start
         assert code == 0, f"llama_decode gave {code}: {self._decoder.last_error()}"
-        return self._decoder.logits(outputs).argmax(1).tolist()
+        return logits.argmax(1).tolist()
 
 
 class _Once:

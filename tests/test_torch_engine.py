@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.torch, pytest.mark.anyio]
 
 from plait.engines.torch import TorchEngine  # noqa: E402
-from plait.engines.torch.batch import Piece, assemble_padded  # noqa: E402
+from plait.engines.torch.batch import Piece, assemble, assemble_padded  # noqa: E402
 from plait.engines.torch.checkpoint import Checkpoint, read_checkpoint  # noqa: E402
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, ModelError, RequestError  # noqa: E402
 from plait.testing.conformance import check_engine  # noqa: E402
@@ -186,7 +186,9 @@ async def test_the_padded_step_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(decoder.forward(rows, decoder.new_cache(512)), plain)
 
 
-async def test_random_trees_match_a_dense_mask() -> None:
+@pytest.mark.parametrize("few", [0, 1024])
+async def test_random_trees_match_a_dense_mask(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plait.engines.torch.batch._FEW_CELLS", few)
     rng = random.Random(1)
     contexts = [random_context(rng) for _ in range(12)]
     async with make() as engine:
@@ -226,6 +228,28 @@ async def test_a_fork_and_a_join_compute_only_what_is_new() -> None:
         assert joined.prefill_tokens - forked.prefill_tokens == 4 + 1, "each thread's last token and the forced one"
         assert_greedy(context, ids, logprobs)
         assert_idle(engine)
+
+
+async def test_threads_read_their_prefix_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[list[tuple[int, int]]] = []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        rows = assemble(*args, **options)
+        shapes.append([(g.rows_GR.numel(), g.cells_GC.numel()) for g in rows.groups])
+        return rows
+
+    monkeypatch.setattr("plait.engines.torch.scheduler.assemble", noting)
+    async with make(cells=2048) as engine:
+        prompts = [tuple((i * k) % 40 for i in range(200)) for k in (1, 3)]
+        for prompt in prompts:
+            await call(engine, (prompt,), max_tokens=1)
+        shapes.clear()
+        contexts: list[Context] = [((*prompt, 41, 41 + i),) for prompt in prompts for i in range(4)]
+        outs = await side_by_side(engine, contexts, max_tokens=5)
+        for context, ids in zip(contexts, outs, strict=True):
+            assert_greedy(context, ids)
+    # Two prefixes of 200 cells, and behind each at most 6 cells of four threads.
+    assert any(len(groups) == 2 and all(4 <= rows and cells <= 224 for rows, cells in groups) for groups in shapes)
 
 
 async def test_forgetting_at_any_point_changes_no_token() -> None:

@@ -35,6 +35,8 @@ class EngineStats:
     """Tokens guessed by speculative decoding."""
     accepted_tokens: int = 0
     """Those of them that the model would have sampled."""
+    compute_s: float = 0.0
+    """Seconds inside forward passes; 0 where that cannot be seen."""
 
 
 class Engine(Protocol):

@@ -32,6 +32,8 @@ class Scheduler(Job, Protocol):
     preemptions: int
     drafted_tokens: int
     accepted_tokens: int
+    decode_s: float
+    """Seconds inside the forward passes of all steps."""
 
     @property
     def evictions(self) -> int: ...
@@ -125,6 +127,7 @@ class InProcessEngine:
             evictions=s.evictions,
             drafted_tokens=s.drafted_tokens,
             accepted_tokens=s.accepted_tokens,
+            compute_s=s.decode_s,
         )
 
     async def forget(self) -> None:

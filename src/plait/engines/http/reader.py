@@ -19,6 +19,7 @@ class Reader:
     def __init__(self, call: Call, dialect: Dialect) -> None:
         self._call, self._dialect = call, dialect
         self._ends = frozenset(call.end_ids)
+        self._banned = frozenset(call.params.banned_ids)
         self._ended = False
         self.num_read = 0
         self.prompt_tokens: int | None = None
@@ -52,13 +53,16 @@ class Reader:
     def _cut(self, piece: Piece) -> Piece:
         params = self._call.params
         ids = piece.token_ids
-        num = next((n for n, id in enumerate(ids, 1) if id in self._ends), len(ids))
+        num = len(ids)
+        if not self._ends.isdisjoint(ids):
+            num = next(n for n, id in enumerate(ids, 1) if id in self._ends)
         num = min(num, self._call.max_tokens - (self.num_read - len(ids)))
-        banned = set(ids[:num]) & set(params.banned_ids)
-        if banned:
-            raise EngineProtocolError(f"C4: the server sampled a banned id: {sorted(banned)}")
+        if not self._banned.isdisjoint(ids[:num]):
+            raise EngineProtocolError(f"C4: the server sampled a banned id: {sorted(self._banned & set(ids[:num]))}")
         if params.logprobs and len(piece.logprobs) != len(ids):
             raise EngineProtocolError(f"C6: the server gave {len(piece.logprobs)} log-probabilities for {len(ids)} ids")
-        logprobs = piece.logprobs[:num] if params.logprobs else (0.0,) * num
         self._ended = num < len(ids) or ids[num - 1] in self._ends
+        if params.logprobs and num == len(ids):
+            return piece
+        logprobs = piece.logprobs[:num] if params.logprobs else (0.0,) * num
         return replace(piece, token_ids=ids[:num], logprobs=logprobs)

@@ -1,4 +1,4 @@
-"""What one step computes, as arrays: pieces of contexts become rows, padded into groups of one shape.
+"""What one step computes, as arrays: pieces of contexts become rows, in groups that attend together.
 
 Knows numpy and tensors, nothing of calls and blocks.
 """
@@ -26,6 +26,8 @@ class Piece:
     """Cells in order; the last ones are the tokens' own."""
 
 
+_FEW_CELLS = 1024
+"""Cells that rows see, all together, from which on it pays to look for those that they have in common."""
 PADDED_CELLS = 256
 """Fewest cells that a padded row sees; more come in powers of two of it."""
 
@@ -43,8 +45,16 @@ def assemble(pieces: Sequence[Piece], outputs: Sequence[int], *, device: torch.d
     base = 0
     # Widths go up in powers of two, so that a long piece does not widen the others.
     by_width: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        by_width.setdefault(1 << (length - 1).bit_length(), []).append(i)
+    many = sum(len(piece.sees) for piece in pieces) >= _FEW_CELLS
+    for family in _families(pieces, range(len(pieces))) if many else [[i] for i in range(len(pieces))]:
+        if len(family) == 1:
+            by_width.setdefault(1 << (lengths[family[0]] - 1).bit_length(), []).append(family[0])
+            continue
+        rows_R = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in family])
+        cells_C, bias_RC = _side_by_side([pieces[i] for i in family])
+        places[rows_R] = base + np.arange(len(rows_R))
+        base += len(rows_R)
+        groups.append(_group(rows_R[None], cells_C[None], bias_RC[None], device, dtype))
     for width, members in sorted(by_width.items()):
         most = max(len(pieces[i].sees) for i in members)
         rows_GR = np.empty((len(members), width), np.int64)
@@ -60,13 +70,7 @@ def assemble(pieces: Sequence[Piece], outputs: Sequence[int], *, device: torch.d
                 bias_GRC[g, :length, seen - length : seen][np.triu_indices(length, 1)] = -np.inf
             places[firsts[i] : firsts[i + 1]] = base + g * width + np.arange(length)
         base += len(members) * width
-        groups.append(
-            Group(
-                rows_GR=_tensor(rows_GR, device),
-                cells_GC=_tensor(cells_GC, device),
-                bias_GRC=_tensor(bias_GRC, device).to(dtype),
-            )
-        )
+        groups.append(_group(rows_GR, cells_GC, bias_GRC, device, dtype))
     in_order = base == len(places) and bool((places == np.arange(base)).all())
     return Rows(
         token_ids=_tensor(np.fromiter((id for p in pieces for id in p.token_ids), np.int64, len(places)), device),
@@ -75,6 +79,66 @@ def assemble(pieces: Sequence[Piece], outputs: Sequence[int], *, device: torch.d
         groups=groups,
         places=None if in_order else _tensor(places, device),
         outputs=_tensor(np.array(outputs, np.int64), device),
+    )
+
+
+def _families(pieces: Sequence[Piece], members: Sequence[int]) -> list[list[int]]:
+    """Pieces that read the cells of their common ancestors together, and those that read all theirs alone.
+
+    Threads of a fork see the same prefix. Side by side they read it once, at the price of attention to each other's
+    cells that is masked out.
+    """
+    if len(members) == 1:
+        return [list(members)]
+    alone = sum(len(pieces[i].sees) for i in members)
+    common = _common([pieces[i] for i in members])
+    rows = [len(pieces[i].token_ids) for i in members]
+    together = alone - (len(members) - 1) * common
+    attended = sum(n * len(pieces[i].sees) for n, i in zip(rows, members, strict=True))
+    if 2 * together <= alone and sum(rows) * together <= 2 * attended:
+        return [list(members)]
+    # They part behind the common cells: some of them may still go on together.
+    parts: dict[int, list[int]] = {}
+    for i in members:
+        parts.setdefault(int(pieces[i].sees[common]), []).append(i)
+    if len(parts) == 1:
+        return [[i] for i in members]
+    return [family for part in parts.values() for family in _families(pieces, part)]
+
+
+def _common(pieces: Sequence[Piece]) -> int:
+    """How many cells all of them see first, none of them their own."""
+    first = pieces[0].sees
+    common = min(len(piece.sees) - len(piece.token_ids) for piece in pieces)
+    for piece in pieces[1:]:
+        differ = first[:common] != piece.sees[:common]
+        common = int(differ.argmax()) if differ.any() else common
+    return common
+
+
+def _side_by_side(pieces: Sequence[Piece]) -> tuple[Cells, np.ndarray]:
+    """The cells that pieces with a common beginning see, each once, and which of their rows sees which."""
+    common = _common(pieces)
+    rows = sum(len(piece.token_ids) for piece in pieces)
+    cells_C = np.concatenate([pieces[0].sees[:common], *(piece.sees[common:] for piece in pieces)])
+    bias_RC = np.full((rows, len(cells_C)), -np.inf, np.float32)
+    bias_RC[:, :common] = 0
+    row, column = 0, common
+    for piece in pieces:
+        length, own = len(piece.token_ids), len(piece.sees) - common
+        bias_RC[row : row + length, column : column + own] = 0
+        if length > 1:
+            last = bias_RC[row : row + length, column + own - length : column + own]
+            last[np.triu_indices(length, 1)] = -np.inf
+        row, column = row + length, column + own
+    return cells_C, bias_RC
+
+
+def _group(rows_GR: Cells, cells_GC: Cells, bias_GRC: np.ndarray, device: torch.device, dtype: torch.dtype) -> Group:
+    return Group(
+        rows_GR=_tensor(rows_GR, device),
+        cells_GC=_tensor(cells_GC, device),
+        bias_GRC=_tensor(bias_GRC, device).to(dtype),
     )
 
 
@@ -101,11 +165,7 @@ def assemble_padded(
         bias_GRC[i, 0, : len(piece.sees)] = 0
     own = np.full(rows, spare, np.int64)
     own[:count] = [piece.sees[-1] for piece in pieces]
-    group = Group(
-        rows_GR=_tensor(np.arange(rows)[:, None], device),
-        cells_GC=_tensor(cells_GC, device),
-        bias_GRC=_tensor(bias_GRC, device).to(dtype),
-    )
+    group = _group(np.arange(rows)[:, None], cells_GC, bias_GRC, device, dtype)
     return Rows(
         token_ids=_tensor(token_ids, device),
         position_ids=_tensor(position_ids, device),

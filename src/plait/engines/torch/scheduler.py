@@ -204,6 +204,7 @@ class Scheduler:
         """Whether the first in the queue did not fit; looked at again when something changes."""
         self.prefill_tokens = self.reused_tokens = self.decode_tokens = self.steps = self.preemptions = 0
         self.drafted_tokens = self.accepted_tokens = 0
+        self.decode_s = 0.0
 
     @property
     def active(self) -> int:
@@ -380,12 +381,14 @@ class Scheduler:
             rows = assemble_padded(step.pieces, outputs, spare=spare, **where)
         else:
             rows = assemble(step.pieces, outputs, **where)
+        start = perf_counter()
         try:
             logits = self._decoder.forward(rows, self._cache)[: len(outputs)].cpu().numpy()
         except RuntimeError as exc:
             # Such as no memory. Nobody knows what the cells hold, so every call fails and the cache starts anew.
             self._fail(EngineError(f"a forward pass of the torch engine failed: {exc}"))
             return
+        self.decode_s += perf_counter() - start
         self.steps += 1
         if self.slots:
             self._sample(logits)
