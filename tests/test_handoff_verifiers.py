@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import tomllib
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -16,10 +18,11 @@ with warnings.catch_warnings():
     pytest.importorskip("verifiers.v1.trace", reason="needs verifiers")
     from verifiers.v1.clients import EvalClientConfig, ModelContext
     from verifiers.v1.configs.agent import AgentConfig
+    from verifiers.v1.configs.cli.eval import EvalConfig
     from verifiers.v1.state import State
     from verifiers.v1.task import TaskData
     from verifiers.v1.trace import AgentInfo, Trace, TraceTask, WireTrace
-    from verifiers.v1.utils.loaders import harness_config_type, load_harness
+    from verifiers.v1.utils.loaders import harness_config_type, load_harness, load_taskset
 
     from plait.train.handoff.verifiers import PlaitHarness, PlaitHarnessConfig, write_trace
 
@@ -98,6 +101,9 @@ def test_a_session_of_the_harness_answers_a_task_with_threads() -> None:
     assert trace.root_reply is not None
     assert grade(trace.root_reply, truth)
     assert trace.num_branches > 2
+    noted = trace.info["plait"]
+    assert 0 < noted["critical_path_tokens"] < noted["sampled_tokens"]
+    assert 0 < noted["token_latency"] < noted["response_tokens"]
     assert all(call.model == "m" and trace.nodes[call.node].sampled for call in trace.calls)
 
 
@@ -132,3 +138,25 @@ def test_verifiers_finds_the_harness_by_its_name(monkeypatch: pytest.MonkeyPatch
     found = load_harness(harness_config_type("plait-harness")(id="plait-harness", format="apr"))
     assert type(found) is PlaitHarness
     assert found.config.format == "apr"
+
+
+def test_the_recipe_is_a_config_of_verifiers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = Path(__file__).parent.parent / "configs" / "verifiers"
+    monkeypatch.syspath_prepend(str(folder))
+    (source,) = tomllib.loads((folder / "prime_rl_8gpu.toml").read_text())["orchestrator"]["train"]["source"]
+    assert source.pop("name") == "plait"
+    data = tmp_path / "questions.jsonl"
+    data.write_text(json.dumps({"prompt": "1+1?", "answer": "2"}) + "\n")
+    source["env"]["taskset"]["path"] = str(data)
+    config = EvalConfig.model_validate({**source, "model": "m"})
+    assert config.env.agent.harness == PlaitHarnessConfig(
+        id="plait-harness", format="threadweaver", max_tokens=16384, max_threads=32
+    )
+    assert type(load_harness(config.env.agent.harness)) is PlaitHarness
+    (task,) = load_taskset(config.env.taskset)
+    assert (task.data.prompt, task.data.answer) == ("1+1?", "2")
+    # Half of the tokens beside others: the paper's acceleration pays 0.5 * rho, up to its bound.
+    trace = empty_trace("1+1?")
+    trace.root_reply, trace.info["plait"] = "It is \\boxed{2}", {"response_tokens": 100, "token_latency": 50}
+    asyncio.run(task.score(trace, None))  # pyright: ignore
+    assert {name: r.value for name, r in trace.rewards.items() if r} == {"right": 1.0, "fast": pytest.approx(0.2)}

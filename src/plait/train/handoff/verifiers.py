@@ -155,7 +155,7 @@ class PlaitHarness(Harness[PlaitHarnessConfig]):
         mcp_urls: dict[str, str],
         data: TaskData,
     ) -> ProgramResult:
-        """Sample a run and write it into the trace.
+        """Sample a run and write it into the trace; how long it was, for rewards, into its `info`.
 
         Raises:
             EngineError: The system failed in it.
@@ -182,7 +182,14 @@ class PlaitHarness(Harness[PlaitHarnessConfig]):
         format = open_format(self.config.format, tokenizer)
         async with self.open_engine(ctx) as engine:
             rollout = await sample(f"{data.idx or 0}/0", prompt, request, engine, format, lambda: 0)
-        write_trace(rollout.tree, trace, tokenizer=tokenizer, model=ctx.model)
+        tree = rollout.tree
+        write_trace(tree, trace, tokenizer=tokenizer, model=ctx.model)
+        trace.info["plait"] = {
+            "sampled_tokens": tree.num_sampled,
+            "critical_path_tokens": tree.critical_path(),
+            "response_tokens": tree.num_response(),
+            "token_latency": tree.token_latency(),
+        }
         if rollout.error:
             raise EngineError(f"the run failed: {rollout.error}")
         return ProgramResult(exit_code=0, stdout=trace.root_reply or "", stderr="")
