@@ -13,6 +13,7 @@ import bench_forkjoin
 from blocks import block, cells, head, medians, prefix_ids
 from raw_llama import RawLlama
 
+from plait.engines import open_engine
 from plait.engines.llamacpp import LlamaCppEngine
 from plait.models import load_model
 
@@ -38,6 +39,22 @@ async def test_a_merge_computes_nothing_again_and_a_concat_all_threads_but_the_f
         assert row["tokens_per_s"] == pytest.approx(3 * row["tokens_per_s_of_one"])
     assert head(("engine",)).count("|") == 2 * (cells(("x",), 3, measured).count("|"))
     assert medians(measured)["prefilled_again"] == 12
+
+
+@pytest.mark.parametrize("name", ["llamacpp", pytest.param("torch", marks=pytest.mark.torch)])
+async def test_eight_threads_and_their_prefix_fit_where_two_copies_of_it_would_not(name: str) -> None:
+    if name == "torch":
+        pytest.importorskip("torch")
+    async with open_engine(name, path=load_model().path, cells=1536, threads=1) as engine:
+        measured = await block(engine, "merge", 8, 20, prefix_ids(1000, 0), line=False)
+        stats = engine.stats()
+    assert measured["prefilled_again"] == 0
+    assert stats.preemptions == 0
+    # The prefix once; of each thread, its header and its last token; and the parent's separator.
+    assert stats.prefill_tokens <= 1000 + (1 + 8 + 8) * 3 + 8 + 1
+    assert stats.compute_s > 0
+    assert measured["fork_own_ms"] > 0
+    assert 0 < measured["join_own_ms"] < measured["join_ms"]
 
 
 def test_prefixes_of_two_numbers_part_at_once() -> None:

@@ -221,6 +221,21 @@ def test_the_least_recently_used_sequence_makes_way_and_live_ones_never() -> Non
     f.check()
 
 
+def test_what_a_waiting_context_will_find_is_the_last_to_make_way() -> None:
+    f = Fixture()
+    branches = ((*PREFIX, 1, 2, 3), (*PREFIX, 4, 5))
+    for branch in branches:
+        f.fill((branch,))
+    f.fill((tuple(range(50, 90)),))
+    merged: Context = (PREFIX, Merge((((1, 2, 3),), ((4, 5, 6),))), (9, 9))
+    assert f.cache.missing(merged, f.cache.root) == 1 + 2, "the 6, and what follows the merge"
+    assert f.cache.missing(((*PREFIX, 7, 8),), f.cache.root) == 2
+    assert f.cache.missing(((60, 61),), f.cache.root) == 2
+    f.cache.make_room(len(PREFIX) + 5)
+    assert f.fill(merged)[1] == 3
+    f.check()
+
+
 def test_trim_keeps_twice_as_many_idle_cells_as_live_ones_and_at_least_keep() -> None:
     f = Fixture(keep=5)
     for i in range(6):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from plait.engines.calls import Part
-from plait.types import Merge
+from plait.types import Merge, context_cells
 
 MIN_SPLIT = 16
 """A match that ends inside a run is used from this many tokens on. Shorter ones are mostly siblings that open alike,
@@ -216,6 +216,19 @@ class Cache:
     def available(self) -> int:
         """Sequences that a fork can get now."""
         return len(self.free) + len(self.idle)
+
+    def missing(self, parts: Sequence[Part], start: Node) -> int:
+        """Cells that a context needs beside those that are cached; what it will use becomes the last to be given up."""
+        node, rest = self.find(parts, start=start)
+        if not node.live:
+            source = next((seq for seq in node.trunk if seq in self.idle), None)
+            if source is not None:
+                self.idle.move_to_end(source)
+        if not rest:
+            return 0
+        first, *others = rest
+        ours = sum(self.missing(b, node) for b in first.branches) if isinstance(first, Merge) else len(first)
+        return ours + context_cells(tuple(others))
 
     def make_free(self) -> None:
         """Make sure that one sequence is free, at the price of the one used longest ago."""

@@ -494,8 +494,15 @@ class Scheduler:
 
     def _plan_room(self, slots: int) -> bool:
         """Find room for the sampling rows and a share of what is to be computed. False if calls had to leave."""
-        wanted = sum(f.tokens for f in self.fills) + sum(c.cells for c in self.queue) + len(self._tails)
-        wanted = min(wanted, len(self._decoder.tokens) - slots)
+        most = len(self._decoder.tokens) - slots
+        wanted = sum(f.tokens for f in self.fills) + len(self._tails)
+        scarce = self._room() - slots < min(most, wanted + sum(c.cells for c in self.queue))
+        for call in self.queue:
+            if wanted >= most:
+                break
+            # Only where cells are scarce it is worth to ask what a call will find, which then must not make way for it.
+            wanted += self._cache.missing(call.resumed(), self._cache.root_of(call.salt)) if scarce else call.cells
+        wanted = min(wanted, most)
         self._cache.make_room(self._decoder.cells - self._tail_cells() - slots - wanted)
         self._left = min(self._room(), len(self._decoder.tokens)) - slots
         if self._left < (1 if self.fills else 0):
