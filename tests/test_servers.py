@@ -6,8 +6,9 @@ the interpreter of an environment that has it.
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
@@ -56,16 +57,21 @@ def llama(folder: Path) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def vllm_weights(folder: Path) -> Path:
+    if VLLM_PYTHON is None:
+        pytest.skip("PLAIT_VLLM_PYTHON does not name the interpreter of an environment with vLLM")
+    hf_weights = pytest.importorskip("hf_weights", reason="writes transformers weights: needs the train extra")
+    return hf_weights.write(plait.load_model(MODEL), folder / "hf")
+
+
 @pytest.fixture(scope="module", params=["llama-server", "vllm native", "vllm completions"])
 def url(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "llama-server":
         yield request.getfixturevalue("llama")
         return
-    if VLLM_PYTHON is None:
-        pytest.skip("PLAIT_VLLM_PYTHON does not name the interpreter of an environment with vLLM")
-    hf_weights = pytest.importorskip("hf_weights", reason="writes transformers weights: needs the train extra")
-    copy = hf_weights.write(plait.load_model(MODEL), folder / "hf")
-    with vllm_server(copy, native=request.param == "vllm native") as (address, _):
+    weights = request.getfixturevalue("vllm_weights")
+    with vllm_server(weights, native=request.param == "vllm native") as (address, _):
         yield address
 
 
@@ -147,44 +153,81 @@ async def test_leaving_a_call_ends_it_on_a_real_server(url: str) -> None:
 
 async def test_doctor_finds_a_real_server_usable(url: str) -> None:
     async with HttpEngine(url) as engine:
-        try:
-            found = await diagnose(engine, prefix_tokens=256)
-            found = found if found.usable else await diagnose(engine, prefix_tokens=256)
-        except EngineError:
-            # The doctor stops at whatever the model says to a random prompt; a text that this small vocabulary cannot
-            # spell (a newline) is refused by llama-server where it is to be preserved.
-            found = await diagnose(engine, prefix_tokens=256)
+        found = await diagnose(engine, prefix_tokens=256)
     assert found.usable, found.checks
     assert found.fork is not None
     assert found.fork.again_reused_tokens is not None
     assert found.fork.again_reused_tokens > 200
 
 
-@pytest.mark.parametrize(("sent", "error"), [(signal.SIGKILL, EngineError), (signal.SIGSTOP, EngineTimeout)])
-async def test_a_server_that_dies_in_the_middle_of_a_fork_ends_the_run_and_joins_nothing(
-    folder: Path, sent: signal.Signals, error: type[EngineError]
-) -> None:
+async def joins_nothing(url: str, error: type[EngineError], break_it: Callable[[], object]) -> None:
+    """A server breaks in the middle of a fork: the run ends with this error, in time, and nothing half-joined."""
     prompt = plait.load_model(MODEL).request("What is 347 * 526?").prompt_ids
     request = Request(prompt_ids=prompt, budget=Budget(max_threads=8, max_tokens=None, max_depth=2))
+    async with HttpEngine(url, timeouts=Timeouts(first_token_s=8, next_token_s=2), retries=1) as engine:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(anyio.fail_after(45))
+            stack.enter_context(pytest.raises(error))
+            started = await stack.enter_async_context(open_run(request, engine=engine, format=AtEveryRow()))
+            async for event in started:
+                if isinstance(event, TokensSampled) and event.id == "0/0.1:0":
+                    break_it()
+        tree = started.tree
+        assert {s.thread for s in tree.segments.values()} >= {"0", "0/0.0", "0/0.1", "0/0.2"}
+        assert not any(s.joins for s in tree.segments.values())
+        assert engine.stats().active == 0
+
+
+async def is_gone(url: str) -> None:
+    """Some seconds from now at the latest nobody listens there, and callers are told so; until then they get errors."""
+    with anyio.fail_after(30):
+        while True:
+            with pytest.raises(EngineError) as caught:
+                await ask_again(url)
+            if isinstance(caught.value, EngineUnavailable) and "cannot be reached" in str(caught.value):
+                return
+            await anyio.sleep(0.2)
+
+
+async def ask_again(url: str) -> None:
+    async with HttpEngine(url, timeouts=Timeouts(first_token_s=8), retries=0) as engine:
+        await sampled(engine, (1, 2, 3), 2)
+
+
+async def test_a_server_that_is_killed_or_stalls_in_the_middle_of_a_fork_ends_the_run_and_joins_nothing(
+    folder: Path,
+) -> None:
     with llama_server(served_gguf(folder, MODEL)) as (url, process):
-        async with HttpEngine(url, timeouts=Timeouts(first_token_s=5, next_token_s=1), retries=1) as engine:
-            async with AsyncExitStack() as stack:
-                stack.enter_context(anyio.fail_after(30))
-                stack.enter_context(pytest.raises(error))
-                started = await stack.enter_async_context(open_run(request, engine=engine, format=AtEveryRow()))
-                async for event in started:
-                    if isinstance(event, TokensSampled) and event.id == "0/0.1:0":
-                        process.send_signal(sent)
-            tree = started.tree
-            assert {s.thread for s in tree.segments.values()} >= {"0", "0/0.0", "0/0.1", "0/0.2"}
-            assert not any(s.joins for s in tree.segments.values())
-            assert engine.stats().active == 0
-            if sent is signal.SIGSTOP:
-                process.send_signal(signal.SIGCONT)
-                assert len(await sampled(engine, (1, 2, 3), 2)) == 2
-            else:
-                with pytest.raises(EngineUnavailable, match="cannot be reached"):
-                    await sampled(engine, (1, 2, 3), 2)
+        await joins_nothing(url, EngineTimeout, lambda: process.send_signal(signal.SIGSTOP))
+        process.send_signal(signal.SIGCONT)
+        async with HttpEngine(url) as engine:
+            assert len(await sampled(engine, (1, 2, 3), 2)) == 2
+        await joins_nothing(url, EngineError, process.kill)
+        await is_gone(url)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # two starts are enough; what differs is the server
+@pytest.mark.parametrize("victim", ["server", "engine core"])
+async def test_a_vllm_that_is_killed_or_stalls_in_the_middle_of_a_fork_ends_the_run_and_joins_nothing(
+    victim: str, vllm_weights: Path
+) -> None:
+    with vllm_server(vllm_weights, native=True) as (url, process):
+        await joins_nothing(url, EngineTimeout, lambda: os.killpg(process.pid, signal.SIGSTOP))
+        os.killpg(process.pid, signal.SIGCONT)
+        async with HttpEngine(url) as engine:
+            assert len(await sampled(engine, (1, 2, 3), 2)) == 2
+        dies = process.pid if victim == "server" else engine_core(process.pid)
+        await joins_nothing(url, EngineError, lambda: os.kill(dies, signal.SIGKILL))
+        await is_gone(url)
+
+
+def engine_core(server: int) -> int:
+    """The process of a vLLM that computes."""
+    for children in Path(f"/proc/{server}/task").glob("*/children"):
+        for child in children.read_text().split():
+            if "EngineCore" in Path(f"/proc/{child}/cmdline").read_text():
+                return int(child)
+    raise AssertionError("this vLLM has no engine core of its own")
 
 
 async def sampled(engine: HttpEngine, ids: tuple[int, ...], tokens: int) -> list[int]:
