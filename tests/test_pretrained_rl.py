@@ -131,7 +131,7 @@ def test_reward_goes_up_and_the_engine_has_the_live_weights(talker: Path, tmp_pa
     result = run(own, tmp_path / "out")
     rewards = column(tmp_path / "out", "reward")
     assert sum(rewards[:2]) / 2 < 0.6
-    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.2
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + (0.05 if lora else 0.2)
     # The engine samples from what is trained: float32 on both sides differ by rounding, adapters or none.
     assert max(column(tmp_path / "out", "mismatch")) < 1e-4
     assert set(column(tmp_path / "out", "age")) == {0.0}
@@ -180,7 +180,9 @@ def test_the_start_is_remembered_whatever_is_learned(qwen3: Path, lora: int) -> 
         start=True,
     )
     before = learner.losses(batch()).detach()
+    trained = set(learner.pretrained.trained_state())
     assert torch.allclose(learner.start_losses(batch()), before, atol=1e-6)
+    assert set(learner.pretrained.trained_state()) == trained
     learner.losses(batch()).sum().backward()
     learner.update(100.0)
     assert not torch.allclose(learner.losses(batch()), before, atol=1e-3)

@@ -71,8 +71,13 @@ class PretrainedLearner(Learner):
         with torch.no_grad():
             if self._start is not None:
                 return nll(self._start, batch)
+            trained = [p for p in self.pretrained.parameters() if p.requires_grad]
             with self.pretrained.inner.disable_adapter():
-                return nll(self.pretrained, batch)
+                losses = nll(self.pretrained, batch)
+            # peft turns gradients off and on again; where weights are sharded, of other objects than these by then.
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            return losses
 
     def forced(self, batch: PackedBatch) -> tuple[float, Tensor]:
         with torch.no_grad():
