@@ -5,8 +5,9 @@
 By hand: one httpx2 client that streams the very bodies the engine sends and parses each event, nothing else.
 Through Plait: a run of the same problem in a format that never forks, events read and folded. Without --engine a
 server is started on the embedded sequential model (one thread, loopback), which is so small that every microsecond of
-a client shows: a token takes a llama-server 0.1 ms. vLLM needs PLAIT_VLLM_PYTHON, the interpreter of an environment
-that has it. Medians over the runs with their range; `CPU a token` is the client's own, less spoiled by a busy machine.
+a client shows: a token takes a llama-server 0.1 ms. --weights takes any GGUF instead. vLLM needs PLAIT_VLLM_PYTHON, the
+interpreter of an environment that has it. Medians over the runs with their range; `CPU a token` is the client's own,
+less spoiled by a busy machine.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import anyio
 import httpx2
 from blocks import together
 
+from plait.engines import open_engine
 from plait.engines.http import HttpEngine
 from plait.engines.http.base import Call
 from plait.formats.base import TrajectoryFormat
+from plait.formats.sequential import Sequential
 from plait.models import load_model
 from plait.session import run
 from plait.types import Budget, Request
@@ -37,6 +40,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 MODEL = "plait-tiny-sequential"
 QUESTIONS = ("347 * 526", "836 * 472", "529 * 683", "974 * 385", "263 * 947", "718 * 264", "495 * 836", "652 * 719")
 BUDGET = Budget(max_tokens=None)
+
+
+class Line(Sequential):
+    """As many tokens as the budget has: weights of others end where their text does, at another place each."""
+
+    def __init__(self) -> None:
+        self._eos = ()
+
+
+def never_forking(weights: Path | None, length: int, threads: int) -> tuple[list[Request], TrajectoryFormat]:
+    """Requests that never fork: questions for the embedded model, or given numbers of tokens for weights of others."""
+    if weights is not None:
+        budget = Budget(max_tokens=length, max_thread_tokens=length)
+        return [Request(prompt_ids=tuple(range(300 + i, 364 + i)), budget=budget) for i in range(threads)], Line()
+    model = load_model(MODEL)
+    return [model.request(f"What is {question}?", budget=BUDGET) for question in QUESTIONS[:threads]], model.format
 
 
 @contextmanager
@@ -54,7 +73,8 @@ def served(options: argparse.Namespace, slots: int) -> Iterator[str]:
             weights = hf_weights.write(load_model(MODEL), folder / "hf")
             started = vllm_server(weights, native=True, seqs=slots)
         else:
-            started = llama_server(served_gguf(folder, MODEL), slots=slots)
+            weights = options.weights or served_gguf(folder, MODEL)
+            started = llama_server(weights, slots=slots, threads=1 if options.weights is None else 2)
         yield stack.enter_context(started)[0]
 
 
@@ -87,15 +107,14 @@ async def what_is_sent(engine: HttpEngine, request: Request, format: TrajectoryF
     return once
 
 
-async def measure(url: str, threads: int, runs: int) -> dict[str, Any]:
+async def measure(url: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
     """Wall seconds of `threads` problems at once, by hand and through Plait, in turn."""
-    model = load_model(MODEL)
-    format = model.format
-    requests = [model.request(f"What is {question}?", budget=BUDGET) for question in QUESTIONS[:threads]]
+    requests, format = never_forking(options.weights, options.tokens, threads)
+    runs = options.runs
     wall: dict[str, list[float]] = {"by_hand": [], "plait": []}
     cpu: dict[str, list[float]] = {"by_hand": [], "plait": []}
     counts = {"hand": 0, "plait": 0}
-    async with model.open_engine(url) as engine, httpx2.AsyncClient(timeout=60, trust_env=False) as client:
+    async with open_engine("http", urls=url) as engine, httpx2.AsyncClient(timeout=60, trust_env=False) as client:
         assert isinstance(engine, HttpEngine)
         server = engine.servers[0]
         sent = [await what_is_sent(engine, request, format) for request in requests]
@@ -139,13 +158,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engine", metavar="URL", help="a server that runs; its vocabulary must be the model's")
     parser.add_argument("--server", choices=["llama-server", "vllm"], default="llama-server", help="what is started")
+    parser.add_argument("--weights", type=Path, metavar="GGUF", help="other weights than the embedded model's")
+    parser.add_argument("--tokens", type=int, default=64, help="of each request to other weights")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--threads", default="1,4")
     parser.add_argument("--json", action="store_true", help="print the rows as the last line")
     options = parser.parse_args()
     numbers = [int(n) for n in options.threads.split(",")]
     with served(options, max(numbers)) as url:
-        rows = [anyio.run(measure, url, n, options.runs) for n in numbers]
+        rows = [anyio.run(measure, url, n, options) for n in numbers]
     print("| engine | streams | tokens | by hand | through Plait | added | of the speed by hand | CPU a token |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for r in rows:
