@@ -32,9 +32,12 @@ class Ranks:
             self._opened = True
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self._opened:
-            dist.destroy_process_group()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._opened:
+            return
+        if kind is None:
+            dist.barrier()  # none goes while another still talks to it: once in ten runs that aborted a process at its end
+        dist.destroy_process_group()
 
     def use_device(self) -> None:
         """Compute on this process's own GPU, where there are any; each thread that computes has to say so."""
