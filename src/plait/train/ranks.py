@@ -36,7 +36,7 @@ class Ranks:
         if not self._opened:
             return
         if kind is None:
-            dist.barrier()  # none goes while another still talks to it: once in ten runs that aborted a process at its end
+            dist.barrier()  # none goes while another still talks to it; that once aborted a process at its end
         dist.destroy_process_group()
 
     def use_device(self) -> None:
