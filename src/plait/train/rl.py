@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -25,7 +25,7 @@ import anyio.to_thread
 import torch
 from torch import Tensor
 
-from plait.errors import EngineError
+from plait.errors import EngineError, Failures
 from plait.events import RunStarted
 from plait.formats import format_class, open_format
 from plait.log import write_log
@@ -92,11 +92,8 @@ def train(
         ModelError: The folder holds a checkpoint of another run, or `init` has another format.
         EngineError: Every rollout of a step failed in the engine. The checkpoint is of the step before.
     """
-    try:
-        with Loop(Path(out), resume=resume, say=say, stop_after_steps=stop_after_steps) as loop:
-            return anyio.run(_Run(config, loop, source, serving).go)
-    except BaseExceptionGroup as group:
-        raise _first(group) from None
+    with Loop(Path(out), resume=resume, say=say, stop_after_steps=stop_after_steps) as loop:
+        return anyio.run(_Run(config, loop, source, serving).go)
 
 
 class _Run:
@@ -131,13 +128,14 @@ class _Run:
         loop, progress = self.loop, self.progress
         start = "from the start" if not progress.step else f"on from step {progress.step}"
         loop.say(f"training {self.learner.num_parameters:,} parameters in {self.config.data.format} {start}")
-        async with self.serving:
-            if self._eval_is_due():
-                await self._evaluate()
-            for _ in loop.steps(self):
-                await self._step()
+        with Failures().unwrapped():
+            async with self.serving:
                 if self._eval_is_due():
                     await self._evaluate()
+                for _ in loop.steps(self):
+                    await self._step()
+                    if self._eval_is_due():
+                        await self._evaluate()
         if loop.finished:
             loop.say(f"finished: {progress.step} steps, {progress.rollouts:,} rollouts, {progress.seconds:.0f} s")
         return loop.result(self, self._export())
@@ -394,19 +392,6 @@ def _prompts(config: RLConfig, learner: Learner, source: PromptSource | None) ->
 def _rollouts(states: Sequence[dict[str, Any]], prompts: Questions) -> list[Rollout]:
     """A group as it was saved or sent."""
     return [Rollout.from_state(state, prompts[int(state["id"].partition("/")[0])]) for state in states]
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    for exc in group.exceptions:
-        if isinstance(exc, BaseExceptionGroup):
-            yield from _leaves(exc)
-        else:
-            yield exc
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first failure of a group; what else failed with it was cancelled by it."""
-    return next(_leaves(group))
 
 
 __all__ = ["Progress", "RLConfig", "RunResult", "load_rl_config", "rl_config_from", "to_toml", "train"]
