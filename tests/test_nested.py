@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
 
 import pytest
 
 from plait import tasks
 from plait.engines.scripted import ScriptedEngine
+from plait.errors import RequestError
 from plait.formats import open_format
 from plait.models import gold_tree, response_text
 from plait.session import run
@@ -16,7 +18,7 @@ from plait.tasks.notation import Expression, Product, Sum, parse_expression
 from plait.tasks.vocabulary import JOINS
 from plait.testing.clock import run_virtual
 from plait.tree import Tree
-from plait.types import Budget, Request
+from plait.types import Budget, Merge, Request
 
 FAMILIES = ("long_multiplication", "expression", "bundle", "countdown", "nested")
 UNLIMITED = Budget(max_tokens=None, max_threads=None, max_threads_per_fork=None)
@@ -64,6 +66,45 @@ def test_a_thread_that_starts_afresh_is_told_all_it_needs(name: str) -> None:
         joined = JOINS.decode(tree.segments["0:1"].forced_ids)
         assert all(JOINS.decode(c.sampled_ids).removesuffix("<eos>").rpartition("\n")[2] in joined for c in children)
         assert tree.reread_tokens < gold(problem, "threadweaver").reread_tokens
+
+
+SMALL: dict[str, dict[str, object]] = {
+    "long_multiplication": {"first": (0, 1), "second": (0, 0, 1)},
+    "expression": {"digits": ((1, 1, 2),)},
+    "bundle": {"kinds": (0, 0, 1)},
+    "countdown": {"up_to": 9},
+    "nested": {},
+}
+"""Ranges so small that many problems have parts in common."""
+
+
+@pytest.mark.parametrize("format", ["apr", "plait"])
+def test_what_a_call_sees_says_what_it_writes_whatever_family_it_is_of(format: str) -> None:
+    written: dict[str, tuple[str, str]] = {}
+    again = 0
+    for name, knobs in SMALL.items():
+        drawn = (p for p in tasks.problems(tasks.family(name, knobs), seed=0, split="train") if p.forks)
+        for problem in islice(drawn, 120):
+            tree = gold(problem, format)
+            for segment in tree.segments.values():
+                (context,) = tree.context(segment.id)
+                assert not isinstance(context, Merge)
+                seen = JOINS.decode(context)
+                said = JOINS.decode(segment.sampled_ids)
+                known = written.setdefault(seen, (said, problem.prompt))
+                assert known[0] == said, f"{seen!r} of {known[1]} and of {problem.prompt}"
+                again += known[1] != problem.prompt
+    assert again >= 100 or format != "apr", "parts that several problems have in common"
+    # The message that was once sent for both: the same term in a bundle and in a sum.
+    both = [seen for seen in written if f"{seen}=" in written]
+    assert len(both) >= 20 or format != "apr"
+
+
+def test_threads_that_cannot_be_told_what_they_need_do_not_start_afresh() -> None:
+    problem = next(p for p in tasks.problems("product", seed=0, split="train") if p.forks)
+    with pytest.raises(RequestError, match="threads of product need to see their parent"):
+        gold(problem, "apr")
+    assert gold(problem, "plait").num_threads
 
 
 def value(expression: Expression) -> int:

@@ -131,6 +131,9 @@ def gold(
         plait: Whether what only the plait format has may be used.
         fresh: Whether threads do not see their parent: they are told all that they need, and their last line is what
             they return.
+
+    Raises:
+        RequestError: `fresh`, and the family cannot tell its threads what they need.
     """
     chosen = family(problem.family)
     if not parallel or not problem.forks:
@@ -141,6 +144,8 @@ def gold(
         trace = chosen.parallel(problem)
         if max_threads is not None and num_threads(trace) > max_threads:
             return chosen.serial(problem)
+        if fresh and not isinstance(chosen, Told):
+            raise RequestError(f"threads of {chosen.name} need to see their parent; this format lets them start afresh")
     if isinstance(chosen, Told) and (fresh or (plait and not isinstance(chosen, Budgeted))):
         return _returning(trace, chosen.told(problem), fresh=fresh)
     return trace

@@ -72,7 +72,9 @@ class Told(Protocol):
     def told(self, problem: Problem) -> tuple[tuple[str, str], ...]:
         """For each thread what it is told where it does not see its parent, and what it returns.
 
-        A text that ends in what it returns is written without that end before it.
+        Whoever is told the same writes and returns the same, in whatever family: a term alone asks for a row of its
+        parent's sum, `347*52=` for an answer. A text that ends in what it returns is written without that end before
+        it.
         """
         ...
 

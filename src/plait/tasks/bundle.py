@@ -88,7 +88,7 @@ class Bundle:
         return [q for q in self._questions(problem.prompt) if q is not None]
 
     def told(self, problem: Problem) -> tuple[tuple[str, str], ...]:
-        return tuple((spelled(f"{q.text}?").rstrip("?"), f"={q.value}") for q in self._known(problem))
+        return tuple((f"{spelled(f'{q.text}?').rstrip('?')}=", f"={q.value}") for q in self._known(problem))
 
     def serial(self, problem: Problem) -> Trajectory:
         return (";".join(map(_solved, self._known(problem))), *answer(problem.answer))
