@@ -79,6 +79,7 @@ __all__ = [
     "Branch",
     "BudgetLevels",
     "Caps",
+    "CharTokenizer",
     "Fork",
     "Join",
     "Malformed",

@@ -33,6 +33,8 @@ class Forms:
     """Text may stand before a block."""
     outlines: bool
     """Threads may be told anything; else only their number."""
+    distinct: bool
+    """No two threads of a block may be told the same: nothing but that tells their contexts apart."""
     alike: bool
     """All threads of a block open alike, so a model without chance says the same in all."""
     fresh: bool
@@ -110,8 +112,14 @@ class Trajectories:
             ranks = rng.sample(range(width), width)
             needs = [tuple(n for n in range(width) if ranks[n] < ranks[i] and rng.random() < 0.4) for i in range(width)]
         threads = [self._inner(rng, forms, depth + 1) for _ in range(width)]
+        outlines: list[str] = []
+        for i in range(width):
+            outline = self._outline(rng, forms, i)
+            while forms.distinct and outline in outlines:
+                outline += self.alphabet[0]
+            outlines.append(outline)
         return Block(
-            outlines=tuple(self._outline(rng, forms, i) for i in range(width)),
+            outlines=tuple(outlines),
             threads=tuple(threads[:1] * width if forms.alike else threads),
             conclusion=self._words(rng) if forms.conclusions else "",
             needs=tuple(needs) if any(needs) else (),
@@ -149,7 +157,7 @@ class Trajectories:
         plain = _block(told, a)
         text = self._writable((plain,) if widths else (a,))
         tree = self.render((plain,)) if widths else Tree()
-        headers = {s.forced_ids for s in tree.segments.values() if s.parent == "0:0" and not s.joins}
+        outlines = bool(widths) and self._has((_block([a, *told[1:]], a),))
         spawns = self._has((Spawn(1, a, (Return(b),)), Wait(1)))
         deep = plain
         depth = 0
@@ -161,8 +169,9 @@ class Trajectories:
             widths=widths,
             depth=1 if spawns else depth,
             before=not begins and (spawns or self._writes((a, plain))),
-            outlines=spawns or (bool(widths) and self._has((_block([a, *told[1:]], a),))),
-            alike=len(headers) == 1 and width > 1,
+            outlines=spawns or outlines,
+            distinct=width > 1 and outlines and len(_headers(self.render((_block([a] * width, a),)))) == 1,
+            alike=width > 1 and len(_headers(tree)) == 1,
             fresh=spawns or any(s.keep == 0 for s in tree.segments.values()),
             needs=width > 1 and self._has((replace(plain, needs=((), (0,), *[()] * (width - 2))),)),
             races=bool(widths) and self._has((replace(plain, race=True),)),
@@ -193,6 +202,11 @@ class Trajectories:
             return False
         except RequestError:
             return self._has(trajectory)
+
+
+def _headers(tree: Tree) -> set[tuple[int, ...]]:
+    """What opens the threads of a tree's first block."""
+    return {s.forced_ids for s in tree.segments.values() if s.parent == "0:0" and not s.joins}
 
 
 def _block(outlines: Sequence[str], said: str) -> Block:
