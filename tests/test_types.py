@@ -7,7 +7,7 @@ import math
 import pytest
 
 from plait.errors import RequestError
-from plait.types import Budget, Request, SamplingParams
+from plait.types import Budget, Request, SamplingParams, StopReason
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan])
@@ -23,3 +23,9 @@ def test_an_empty_prompt_and_a_budget_of_no_tokens_are_refused() -> None:
         Request(prompt_ids=())
     with pytest.raises(RequestError, match="max_tokens is 0"):
         Budget(max_tokens=0)
+
+
+def test_a_stop_id_ends_a_call_before_its_length_does() -> None:
+    params = SamplingParams(max_tokens=9, stop_ids=(1,), eos_ids=(2,))
+    assert [params.stop_at(id, full=False) for id in (0, 1, 2)] == [None, StopReason.STOP, StopReason.EOS]
+    assert [params.stop_at(id, full=True) for id in (0, 1, 2)] == [StopReason.LENGTH, StopReason.STOP, StopReason.EOS]

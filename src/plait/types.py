@@ -104,6 +104,18 @@ class SamplingParams:
         if self.top_k < 0:
             raise RequestError(f"top_k is {self.top_k}; it must be 0 (off) or more")
 
+    def stop_at(self, id: int, *, full: bool) -> StopReason | None:
+        """Why a call ends after sampling an id; None where it goes on.
+
+        Args:
+            full: Whether there is no room for another.
+        """
+        if id in self.stop_ids:
+            return StopReason.STOP
+        if id in self.eos_ids:
+            return StopReason.EOS
+        return StopReason.LENGTH if full else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from plait.types import Chunk, Context, SamplingParams
 
@@ -46,7 +46,8 @@ class Engine(Protocol):
     a stop or eos id ends the output, is included, and is named in the last chunk; `max_tokens` gives exactly so many
     and `StopReason.LENGTH`; closing the generator frees what it held; a context that does not fit raises
     `ContextLengthError` before sampling; a context with a `Merge` raises `UnsupportedJoin` unless `supports_merge`.
-    Used as an async context manager; entering starts it, leaving frees everything.
+    Used as an async context manager; entering starts it, leaving frees everything. Inherit from it where entering has
+    nothing to do.
     """
 
     name: str
@@ -56,6 +57,10 @@ class Engine(Protocol):
 
     def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]: ...
     def stats(self) -> EngineStats: ...
-    async def __aenter__(self) -> Engine: ...
-    async def __aexit__(self, *exc: object) -> None: ...
     async def aclose(self) -> None: ...
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()

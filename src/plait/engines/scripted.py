@@ -113,7 +113,7 @@ class ScriptedEngine:
                     ids.append(id)
                     logprobs.append(logprob if params.logprobs else 0.0)
                     said.append(id)
-                    stop = _stop(id, params, full=len(said) >= room)
+                    stop = params.stop_at(id, full=len(said) >= room)
                     if stop is not None:
                         break
                 if not ids:
@@ -241,14 +241,6 @@ def _tail(context: Context) -> str:
     last = context[-1] if context else ()
     ids = () if isinstance(last, Merge) else last[-8:]
     return f"{context_positions(context)} positions, ending in {list(ids)}"
-
-
-def _stop(id: int, params: SamplingParams, *, full: bool) -> StopReason | None:
-    if id in params.stop_ids:
-        return StopReason.STOP
-    if id in params.eos_ids:
-        return StopReason.EOS
-    return StopReason.LENGTH if full else None
 
 
 def _fold(context: Context, state: int) -> int:
