@@ -187,7 +187,7 @@ def run(drawn: Sequence[tasks.Problem], models: Sequence[Model], args: argparse.
                 )
 
         async def alone(problems: Sequence[tasks.Problem]) -> None:
-            there = {(r.prompt, r.model) for r in records if r.concurrency == 1}
+            there = {r.key for r in records if r.concurrency == 1}
             options: dict[str, Any] = {"cells": 8192, "max_seqs": 96}
             await compare(problems, models=models, options=options, budget=BUDGET, skip=there, on_record=on_record)
 

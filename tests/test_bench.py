@@ -117,7 +117,7 @@ async def test_a_comparison_takes_turns_and_leaves_out_what_is_there() -> None:
     records = await compare(drawn, models=models, engine="scripted")
     assert [r.model for r in records] == [adaptive, twin, twin, adaptive, adaptive, twin]
     assert {r.concurrency for r in records} == {1}
-    done = {(r.prompt, r.model) for r in records[:5]}
+    done = {r.key for r in records[:5]}
     again = await compare(drawn, models=models, engine="scripted", skip=done)
     assert [(r.prompt, r.model) for r in again] == [(records[5].prompt, records[5].model)]
 

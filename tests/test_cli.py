@@ -85,6 +85,10 @@ def test_help_fits_a_screen(command: str) -> None:
         (["solve", QUESTION, *GOLD, "--temperature", "-1"], "-1.0 is not in the range"),
         (["eval", *GOLD, "--family", "contdown"], "did you mean 'countdown'"),
         (["eval", *GOLD, "--compare", "--concurrency", "4"], "leave out --concurrency"),
+        (["eval", *GOLD, "--against", "pass@2", "--concurrency", "4"], "--against measures wall time"),
+        (["eval", *GOLD, "--against", "majorty@8"], "did you mean 'majority@N'"),
+        (["eval", *GOLD, "--against", "best@8"], "those of long_multiplication, product, expression, bundle, control"),
+        (["eval", *GOLD, "--against", "pass@2", "--temperature", "0"], "needs samples that differ"),
         (["tasks", "bundel"], "did you mean 'bundle'"),
         (["tasks", "product", "--set", "product.factor=3"], "did you mean 'factors'"),
         (["tasks", "product", "--set", "factors=3"], "use FAMILY.KNOB=VALUE"),
@@ -244,6 +248,27 @@ def test_eval_prints_tables() -> None:
     for family in (*tasks.FAMILIES, "all"):
         assert f"| {family} " in result.stdout
     assert "fork decisions" in result.stdout
+
+
+def test_eval_compares_with_methods_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    names = "sequential,always-fork,majority@3,pass@3"
+    args = ["eval", *GOLD, "--family", "product", "-n", "2", "--against", names, "--out", str(out)]
+    text = plait(*args).stdout
+    for word in ("against the twin", "| greedy", "| always-fork", "| majority@3", "| pass@3", "adaptive less it"):
+        assert word in text
+    lines = out.read_text().splitlines(keepends=True)
+    assert len(lines) == 2 * 5
+    out.write_text("".join(lines[:7]))
+    again = plait(*args, "--json")
+    assert "7 of 10 are there already" in again.stderr
+    data = json.loads(again.stdout)
+    of = {row["method"]: row for row in data["methods"]}
+    assert of["majority@3"]["accuracy"] == of["pass@3"]["accuracy"] == 1.0
+    assert of["majority@3"]["total_tokens"] == 3 * of["majority@3"]["critical_path_tokens"]
+    assert of["majority@3"]["difference"]["n"] == 2
+    assert data["speedup_tokens"] > 1
+    assert len(read_records(out)) == 10
 
 
 def test_eval_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

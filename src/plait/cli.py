@@ -177,6 +177,7 @@ Run held-out problems and print what came of them.
 plait eval -n 100                   every family the model was trained on
 plait eval --family product,bundle -n 500 --out results.jsonl
 plait eval --compare -n 200         against the twin, in turn, one at a time
+plait eval -n 200 --against sequential,forced-sequential,majority@8,pass@8
 
 Accuracy with its interval, fork decisions, tokens, critical path, wall time.
 With --out each result is written at once, and the same command goes on later.
@@ -189,6 +190,13 @@ With --out each result is written at once, and the same command goes on later.
     "-n", "n", type=click.IntRange(min=1), metavar="N", default=500, show_default=True, help="Problems of each family."
 )
 @click.option("--compare", is_flag=True, help="Run the sequential twin too, in turn; batch 1.")
+@click.option(
+    "--against",
+    default="",
+    metavar="METHOD[,..]",
+    help="sequential, forced-sequential, always-fork, majority@N, best@N, pass@N.",
+)
+@click.option("--temperature", type=float, metavar="T", help="Of methods that sample; default 0.7.")
 @_JSON
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Results as JSONL; resumed if it exists.")
 @click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Log every run, for `plait view`.")
@@ -202,11 +210,25 @@ With --out each result is written at once, and the same command goes on later.
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Which problems are drawn.")
 @click.option("--split", type=click.Choice(["held_out", "train"]), default="held_out", show_default=True)
 @_KNOBS
-def evaluate(families: str, max_threads: int | None, max_tokens: int | None, **options: Any) -> int:
+def evaluate(
+    families: str,
+    against: str,
+    temperature: float | None,
+    max_threads: int | None,
+    max_tokens: int | None,
+    **options: Any,
+) -> int:
     from plait.commands.evaluate import Options, evaluation
 
-    names = [name.strip() for name in families.split(",") if name.strip()]
-    return evaluation(Options(families=names, budget=_budget(max_threads, max_tokens), **options))
+    if temperature is not None:
+        options["temperature"] = temperature
+    names, methods = _names(families), _names(against)
+    budget = _budget(max_threads, max_tokens)
+    return evaluation(Options(families=names, against=methods, budget=budget, **options))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _budget(max_threads: int | None, max_tokens: int | None, deadline_s: float | None = None) -> Budget:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from plait.bench.runner import Record, pairs
+from plait.bench.records import Record, by_method, pairs
 
 Z = 1.959964
 """Quantile of the normal distribution for intervals of 95 %."""
@@ -151,6 +151,26 @@ def _ratio(both: Sequence[tuple[float, float]]) -> Ratio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How much more often one method is right than another, on the same problems."""
+
+    n: int
+    mean: float
+    """A share: 0.01 is one point."""
+    half: float
+    """Half of its interval of 95 %, by the differences of single problems; 0 where all are alike."""
+
+
+def difference(records: Iterable[Record], others: Iterable[Record]) -> Difference | None:
+    """First less second, paired; None where no problem is in both."""
+    less = [float(a.right) - float(b.right) for a, b in pairs(records, others)]
+    if not less:
+        return None
+    error = statistics.stdev(less) / math.sqrt(len(less)) if len(less) > 1 else 0.0
+    return Difference(n=len(less), mean=statistics.fmean(less), half=Z * error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
     """Fork decisions as a table of two by two."""
 
@@ -243,6 +263,25 @@ def result(adaptive: Sequence[Record], twin: Sequence[Record] = ()) -> dict[str,
         name: asdict(s) | (_against_family(adaptive, twin, name) if twin else {})
         for name, s in by_family(adaptive).items()
     }
+    return out
+
+
+def methods_result(records: Sequence[Record], adaptive: Sequence[Record]) -> list[dict[str, Any]]:
+    """Every method as plain values, with its families; `difference` is the adaptive model less it."""
+    out: list[dict[str, Any]] = []
+    for (model, name), own in by_method(records).items():
+        less = difference(adaptive, own)
+        out.append(
+            {
+                "method": name,
+                "model": model,
+                "samples": own[0].samples,
+                "temperature": own[0].temperature,
+                **asdict(summary(own)),
+                "difference": asdict(less) if less else None,
+                "families": {family: asdict(s) for family, s in by_family(own).items()},
+            }
+        )
     return out
 
 

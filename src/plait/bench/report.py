@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plait.bench.metrics import Summary, by_family, decision_curve, decisions, speedup, summary
-from plait.bench.runner import Record
+from plait.bench.metrics import Summary, by_family, decision_curve, decisions, difference, speedup, summary
+from plait.bench.records import Record, by_method
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -80,6 +80,31 @@ def speedup_table(adaptive: Sequence[Record], twin: Sequence[Record]) -> str:
         "likewise; kept: wall over tokens. T/T twin: total tokens, adaptive over twin."
     )
     return f"{table([head, *rows])}\n\n{legend}" if rows else "no problem was run on both models"
+
+
+def methods_table(records: Sequence[Record], adaptive: Sequence[Record]) -> str:
+    """Every method on all problems, then how often it is right on each family."""
+    methods = by_method(records)
+    rows = [("method", "model", "n", "right", "95 %", "adaptive less it", "T", "L", "longest", "wall")]
+    for (model, name), own in methods.items():
+        s, less = summary(own), difference(adaptive, own)
+        apart = f"{100 * less.mean:+.1f} ± {100 * less.half:.1f}" if less and own[0].key != adaptive[0].key else ""
+        interval = f"{100 * s.accuracy_low:.1f}-{100 * s.accuracy_high:.1f}"
+        means = (f"{s.total_tokens:.0f}", f"{s.critical_path_tokens:.0f}", f"{s.longest_context_tokens:.0f}")
+        rows.append(
+            (name, model.partition("@")[0], str(s.n), _share(s.accuracy), interval, apart, *means, seconds(s.wall_s))
+        )
+    families = list(by_family(records))
+    right: list[Sequence[str]] = [("right, %", "model", *families)]
+    for (model, name), own in methods.items():
+        of = by_family(own)
+        cells = (f"{100 * of[family].accuracy:.1f}" if family in of else "-" for family in families)
+        right.append((name, model.partition("@")[0], *cells))
+    legend = (
+        "adaptive less it: points, on the same problems, ± half of an interval of 95 %. T of several samples is their "
+        "sum; L and longest are of the longest; wall: from the first start to the last end. pass@n is an oracle."
+    )
+    return "\n\n".join([table(rows), legend, *([table(right)] if len(families) > 1 else [])])
 
 
 def decisions_table(records: Sequence[Record]) -> str:

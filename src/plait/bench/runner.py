@@ -1,24 +1,27 @@
 """Runs problems through sessions and keeps one record of each: what was answered, whether forking was right, the cost.
 
-Knows nothing of how a model was trained or how results are shown. Adaptive model and sequential twin go through the
-same code; a comparison alternates them problem by problem, one at a time, so that both see the same machine.
+Knows nothing of how a model was trained or how results are shown. Adaptive model, sequential twin and every other
+method go through the same code; a comparison takes them in turns problem by problem, one at a time, so that all see the
+same machine.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import anyio
 
 from plait import tasks
+from plait.bench.methods import GREEDY, Method, combined, forced_ids
+from plait.bench.records import Record
 from plait.engines.base import Engine
-from plait.errors import Failures, LogError, RequestError
+from plait.errors import Failures, RequestError
 from plait.events import Event
 from plait.formats.base import TrajectoryFormat
 from plait.models import Model, load_model, prompt_ids, response_text
@@ -26,52 +29,6 @@ from plait.session import open_run
 from plait.tasks import Family, Problem, Split
 from plait.tokenizer import Tokenizer
 from plait.types import Budget, Request, StopReason
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One problem, run once."""
-
-    model: str
-    """Name and content of the weights."""
-    family: str
-    prompt: str
-    question: str
-    answer: str | None
-    """What was answered; None where no answer was given."""
-    right: bool
-    forked: bool
-    forks: bool
-    """Whether forking is the right decision."""
-    decision_right: bool
-    threads: int
-    num_forks: int
-    total_tokens: int
-    """Sampled, all threads together."""
-    critical_path_tokens: int
-    token_latency: int
-    """ThreadWeaver's L; counts inserted tokens too."""
-    longest_context_tokens: int
-    reread_tokens: int
-    wall_s: float
-    stop: str
-    serial_cost: int | None
-    """Tokens that the families expect in line and with threads; None where a family does not say."""
-    parallel_cost: int | None
-    concurrency: int
-    """Problems that ran at the same time: wall times of different ones do not compare."""
-    seed: int
-    max_threads: int | None = Budget().max_threads
-    """The run's limits."""
-    max_tokens: int | None = Budget().max_tokens
-
-    @property
-    def predicted_saving(self) -> float | None:
-        """Share of the critical path that forking is expected to save."""
-        if not self.serial_cost or self.parallel_cost is None:
-            return None
-        return 1 - self.parallel_cost / self.serial_cost
-
 
 OnRecord = Callable[[Record], None]
 OnRun = Callable[[Problem, str, Sequence[Event]], None]
@@ -104,10 +61,11 @@ async def evaluate(
     budget: Budget | None = None,
     concurrency: int = 1,
     seed: int = 0,
+    method: Method = GREEDY,
     on_record: OnRecord | None = None,
     on_run: OnRun | None = None,
 ) -> list[Record]:
-    """Run problems greedily; records in the order of the problems, whatever order they end in.
+    """Answer problems; records in the order of the problems, whatever order they end in.
 
     Args:
         problems: What to run; drawn from as places come free.
@@ -115,6 +73,8 @@ async def evaluate(
         format, tokenizer: The ones the engine's weights were trained with.
         model: What records say ran.
         concurrency: Problems at the same time.
+        seed: With the problem decides what a method samples.
+        method: How each is answered; whose weights these are is not asked.
         on_record: Called as each problem ends.
         on_run: Called with the events of each run, before its record.
     """
@@ -122,13 +82,15 @@ async def evaluate(
         raise RequestError(f"concurrency is {concurrency}; it must be at least 1")
     records: dict[int, Record] = {}
     source = iter(enumerate(problems))
-    runner = _Runner(engine, format, tokenizer, model, budget or Budget(), concurrency, seed, on_run)
+    limits = budget or Budget()
+    runner = _Runner(engine, format, tokenizer, model, limits, concurrency, seed, on_run, (method,))
     failures = Failures()
 
     async def work() -> None:
         with failures.noting():
             for number, problem in source:
-                records[number] = record = await runner.record(problem)
+                (record,) = await runner.records(problem)
+                records[number] = record
                 if on_record is not None:
                     on_record(record)
 
@@ -143,43 +105,57 @@ async def compare(
     problems: Iterable[Problem],
     *,
     models: Sequence[Model],
+    methods: Sequence[Method] | None = None,
     engine: str = "llamacpp",
     options: Mapping[str, Any] | None = None,
     budget: Budget | None = None,
     seed: int = 0,
-    skip: Iterable[tuple[str, str]] = (),
+    skip: Iterable[tuple[str, str, str]] = (),
     on_record: OnRecord | None = None,
     on_run: OnRun | None = None,
 ) -> list[Record]:
-    """Run every problem on every model, one run at a time, the order reversed from problem to problem.
+    """Answer every problem with every model, one at a time, the order reversed from problem to problem.
 
     Args:
         models: Usually an adaptive model and its twin.
-        engine: Kind of the engines, the same for all.
-        options: Passed to each.
-        skip: Pairs of prompt and model id that are not run.
+        methods: How each of them answers, a model named again for another method; None: greedily. Those that run the
+            same, as `majority@8` and `pass@8` of one model do, are run once.
+        engine: Kind of the engines, the same for all; each has its own, so that none finds what another computed.
+        options: Passed to each, over what its number of runs needs (`engine_options`).
+        skip: Keys of records that are there.
+
+    Raises:
+        RequestError: A fork is to be forced on a model that cannot be.
     """
     records: list[Record] = []
     done = set(skip)
+    entries: dict[tuple[Any, ...], tuple[Model, list[Method]]] = {}
+    for model, method in zip(models, methods or [GREEDY] * len(models), strict=True):
+        entries.setdefault((model.id, *method.runs), (model, []))[1].append(method)
     async with AsyncExitStack() as stack:
         runners: list[_Runner] = []
-        for model in models:
-            opened = await stack.enter_async_context(model.open_engine(engine, **(options or {})))
+        for model, own in entries.values():
+            settings = {**engine_options(engine, own[0].samples), **(options or {})}
+            opened = await stack.enter_async_context(model.open_engine(engine, **settings))
             limits = budget or Budget()
-            runners.append(_Runner(opened, model.format, model.tokenizer, model.id, limits, 1, seed, on_run))
-        warm: set[str] = set()
+            runners.append(
+                _Runner(opened, model.format, model.tokenizer, model.id, limits, 1, seed, on_run, tuple(own))
+            )
+        warm: set[int] = set()
         for number, problem in enumerate(problems):
             for runner in runners if number % 2 == 0 else runners[::-1]:
-                if (problem.prompt, runner.model) in done:
+                if all((problem.prompt, runner.model, method.name) in done for method in runner.methods):
                     continue
-                if runner.model not in warm:
+                if id(runner) not in warm:
                     # The first pass pays for memory that later ones find allocated.
-                    warm.add(runner.model)
-                    await replace(runner, on_run=None).record(problem)
-                record = await runner.record(problem)
-                records.append(record)
-                if on_record is not None:
-                    on_record(record)
+                    warm.add(id(runner))
+                    await replace(runner, on_run=None).records(problem)
+                for record in await runner.records(problem):
+                    if record.key in done:
+                        continue
+                    records.append(record)
+                    if on_record is not None:
+                        on_record(record)
     return records
 
 
@@ -232,62 +208,9 @@ def engine_options(engine: str, concurrency: int) -> dict[str, Any]:
     return {"cells": max(4096, 1024 * concurrency), "max_seqs": min(256, max(32, 8 * concurrency))}
 
 
-def read_records(path: str | Path) -> list[Record]:
-    """Records of a JSONL file, up to its last whole line; an empty list where there is no file.
-
-    Raises:
-        LogError: The file cannot be read.
-        RequestError: A line is not a record.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except OSError as exc:
-        raise LogError(f"cannot read {path}: {exc.strerror}") from exc
-    names = [f.name for f in fields(Record) if f.default is MISSING]
-    records: list[Record] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            data = json.loads(line)
-            # Files of before there were limits in them are of the usual ones.
-            limits = {name: data[name] for name in ("max_threads", "max_tokens") if name in data}
-            records.append(Record(**{name: data[name] for name in names}, **limits))
-        except (ValueError, KeyError, TypeError) as exc:
-            raise RequestError(
-                f"{path}, line {number} is not a result of `plait eval` ({exc!r}); give another --out"
-            ) from exc
-    return records
-
-
-class RecordFile:
-    """Appends records to a JSONL file, each at once; a half-written last line of an earlier run is cut off."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            if self.path.is_file():
-                whole = self.path.read_bytes()
-                if whole and not whole.endswith(b"\n"):
-                    self.path.write_bytes(whole[: whole.rfind(b"\n") + 1])
-            self._file = self.path.open("ab", buffering=0)
-        except OSError as exc:
-            raise LogError(f"cannot write {self.path}: {exc.strerror}") from exc
-
-    def write(self, record: Record) -> None:
-        rest = memoryview((json.dumps(asdict(record)) + "\n").encode())
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as exc:
-            raise LogError(f"cannot write {self.path}: {exc.strerror}; what it holds can be resumed") from exc
-
-    def __enter__(self) -> RecordFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.close()
+def sample_seed(seed: int, prompt: str, sample: int) -> int:
+    """The seed of one of several runs of a problem, 63 bits."""
+    return int.from_bytes(blake2b(f"{seed} {sample} {prompt}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,14 +223,47 @@ class _Runner:
     concurrency: int
     seed: int
     on_run: OnRun | None
+    methods: tuple[Method, ...]
+    """That run the same; at least one."""
 
-    async def record(self, problem: Problem) -> Record:
-        request = Request(
-            prompt_ids=prompt_ids(self.tokenizer, problem.prompt),
-            budget=self.budget,
-            seed=self.seed,
+    async def records(self, problem: Problem) -> list[Record]:
+        """A record for each method."""
+        first = self.methods[0]
+        runs: dict[int, Record] = {}
+        failures = Failures()
+
+        async def run(sample: int) -> None:
+            with failures.noting():
+                runs[sample] = await self.run(problem, sample)
+
+        started = anyio.current_time()
+        if first.samples == 1:
+            await run(0)
+        else:
+            with failures.unwrapped():
+                async with anyio.create_task_group() as together:
+                    for sample in range(first.samples):
+                        together.start_soon(run, sample)
+        wall_s = anyio.current_time() - started
+        samples = [runs[sample] for sample in range(first.samples)]
+        if first.take is None:
+            return samples
+        return [combined(samples, method, problem, wall_s=wall_s) for method in self.methods]
+
+    async def run(self, problem: Problem, sample: int) -> Record:
+        method = self.methods[0]
+        budget = method.budget(self.budget)
+        ids = prompt_ids(self.tokenizer, problem.prompt)
+        if self.format.levels is not None:
             # Weights that were trained to read a budget are told it.
-            conditioned=self.format.levels is not None,
+            ids = self.format.condition(ids, budget)
+        if method.forking == "always":
+            ids += forced_ids(self.format, self.tokenizer)
+        request = Request(
+            prompt_ids=ids,
+            budget=budget,
+            temperature=method.temperature,
+            seed=sample_seed(self.seed, problem.prompt, sample) if method.temperature else self.seed,
             # They cost a softmax a token: only for who reads them.
             logprobs=self.on_run is not None,
         )
@@ -344,22 +300,8 @@ class _Runner:
             parallel_cost=problem.shape.get("parallel_cost"),
             concurrency=self.concurrency,
             seed=self.seed,
-            max_threads=self.budget.max_threads,
-            max_tokens=self.budget.max_tokens,
+            max_threads=budget.max_threads,
+            max_tokens=budget.max_tokens,
+            method=method.name,
+            temperature=method.temperature,
         )
-
-
-def by_model(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records of each model, in order."""
-    out: dict[str, list[Record]] = {}
-    for record in records:
-        out.setdefault(record.model, []).append(record)
-    return out
-
-
-def pairs(adaptive: Iterable[Record], twin: Iterable[Record]) -> Iterator[tuple[Record, Record]]:
-    """The same problem on both, in the order of the first."""
-    of_twin = {record.prompt: record for record in twin}
-    for record in adaptive:
-        if record.prompt in of_twin:
-            yield record, of_twin[record.prompt]

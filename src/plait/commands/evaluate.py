@@ -15,8 +15,10 @@ import anyio
 
 from plait import tasks
 from plait.bench import Record, RecordFile, compare, evaluate, problems, read_records, result
-from plait.bench.report import report
-from plait.bench.runner import OnRecord, OnRun, by_model, engine_options
+from plait.bench.methods import GREEDY, TEMPERATURE, Method, method, refuse_misfits
+from plait.bench.metrics import methods_result
+from plait.bench.report import methods_table, report
+from plait.bench.runner import OnRecord, OnRun, engine_options
 from plait.commands.choosing import Choice, choose, choose_twin
 from plait.commands.settings import overrides, with_knobs
 from plait.errors import RequestError
@@ -41,6 +43,10 @@ class Options:
     """`name=value`."""
     twin: str | None = None
     compare: bool = False
+    against: Sequence[str] = ()
+    """Methods, by name; `compare` is `sequential` among them."""
+    temperature: float = TEMPERATURE
+    """Of methods that sample."""
     as_json: bool = False
     out: str | None = None
     trace: str | None = None
@@ -60,15 +66,20 @@ def evaluation(options: Options) -> int:
         RequestError: The options ask for what there is not.
         ModelError, EngineError, LogError: Weights, engine or results file failed.
     """
-    if options.compare and options.concurrency not in (None, 1):
-        raise RequestError("--compare measures wall time one problem at a time: leave out --concurrency")
+    methods = _methods(options)
+    if methods and options.concurrency not in (None, 1):
+        flag = "--against" if options.against else "--compare"
+        raise RequestError(f"{flag} measures wall time one problem at a time: leave out --concurrency")
     choice = choose(options.model, engine=options.engine, options=overrides(options.engine_options))
-    twin = choose_twin(choice, options.twin) if options.compare else None
+    twin = choose_twin(choice, options.twin) if any(method.of == "twin" for method in methods) else None
     families = _families(options.families, choice)
+    for wanted in methods:
+        refuse_misfits(wanted, choice.model, families)
     drawn = problems(with_knobs(families, options.settings), options.n, seed=options.seed, split=options.split)
-    concurrency = 1 if twin else options.concurrency or 16
+    concurrency = 1 if methods else options.concurrency or 16
     earlier = read_records(options.out) if options.out else []
-    sides = [side for side in (choice, twin) if side is not None]
+    sides = [(choice, GREEDY)]
+    sides += [(twin if twin is not None and wanted.of == "twin" else choice, wanted) for wanted in methods]
     kept = _kept(earlier, drawn, sides, concurrency, options)
     with RecordFile(options.out) if options.out else nullcontext() as file:
         progress = _Progress(len(drawn) * len(sides), len(kept))
@@ -85,6 +96,12 @@ def evaluation(options: Options) -> int:
     return _print(records, sides, options)
 
 
+def _methods(options: Options) -> list[Method]:
+    """What the model is compared with, each once."""
+    names = [*(["sequential"] if options.compare else []), *options.against]
+    return list(dict.fromkeys(method(name, temperature=options.temperature) for name in names))
+
+
 def _families(names: Sequence[str], choice: Choice) -> list[str]:
     trained = list(choice.model.families or tasks.FAMILIES)
     if not names or list(names) == ["all"]:
@@ -94,26 +111,31 @@ def _families(names: Sequence[str], choice: Choice) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-Kept = dict[tuple[str, str], Record]
+Side = tuple[Choice, Method]
+Kept = dict[tuple[str, str, str], Record]
 
 
 def _kept(
-    earlier: Sequence[Record], drawn: Sequence[Problem], sides: Sequence[Choice], concurrency: int, options: Options
+    earlier: Sequence[Record], drawn: Sequence[Problem], sides: Sequence[Side], concurrency: int, options: Options
 ) -> Kept:
-    """Earlier records that are what this call would measure, by prompt and model."""
-    prompts = {problem.prompt for problem in drawn}
-    models = {side.model.id for side in sides}
-    wanted = concurrency, options.seed, options.budget.max_threads, options.budget.max_tokens
+    """Earlier records that are what this call would measure, by what they measure."""
+    wanted: dict[tuple[str, str, str], tuple[object, ...]] = {}
+    for problem in drawn:
+        for choice, how in sides:
+            budget = how.budget(options.budget)
+            limits = budget.max_threads, budget.max_tokens
+            key = problem.prompt, choice.model.id, how.name
+            wanted[key] = concurrency, options.seed, *limits, how.temperature
     return {
-        (r.prompt, r.model): r
+        r.key: r
         for r in earlier
-        if r.prompt in prompts and r.model in models and (r.concurrency, r.seed, r.max_threads, r.max_tokens) == wanted
+        if wanted.get(r.key) == (r.concurrency, r.seed, r.max_threads, r.max_tokens, r.temperature)
     }
 
 
-def _logging(log: RunLog, sides: Sequence[Choice]) -> OnRun:
+def _logging(log: RunLog, sides: Sequence[Side]) -> OnRun:
     """Write each run with what makes it readable without its model."""
-    tokenizers = {side.model.id: describe(side.model.tokenizer) for side in sides}
+    tokenizers = {choice.model.id: describe(choice.model.tokenizer) for choice, _ in sides}
 
     def on_run(problem: Problem, model: str, events: Sequence[Event]) -> None:
         about = {"question": problem.question, "family": problem.family, "prompt": problem.prompt, "model": model}
@@ -127,22 +149,23 @@ def _logging(log: RunLog, sides: Sequence[Choice]) -> OnRun:
 
 async def _run(
     drawn: Sequence[Problem],
-    sides: Sequence[Choice],
+    sides: Sequence[Side],
     kept: Kept,
     concurrency: int,
     options: Options,
     on_record: OnRecord,
     on_run: OnRun | None,
 ) -> None:
-    if all((p.prompt, s.model.id) in kept for p in drawn for s in sides):
+    if len(kept) == len(drawn) * len(sides):
         return
-    engine_settings = {**engine_options(sides[0].engine, concurrency), **sides[0].options}
+    choice = sides[0][0]
     if len(sides) > 1:
         await compare(
             drawn,
-            models=[side.model for side in sides],
-            engine=sides[0].engine,
-            options=engine_settings,
+            models=[side.model for side, _ in sides],
+            methods=[how for _, how in sides],
+            engine=choice.engine,
+            options=choice.options,
             budget=options.budget,
             seed=options.seed,
             skip=kept,
@@ -150,14 +173,14 @@ async def _run(
             on_run=on_run,
         )
         return
-    (side,) = sides
-    async with side.model.open_engine(side.engine, **engine_settings) as engine:
+    engine_settings = {**engine_options(choice.engine, concurrency), **choice.options}
+    async with choice.model.open_engine(choice.engine, **engine_settings) as engine:
         await evaluate(
-            (p for p in drawn if (p.prompt, side.model.id) not in kept),
+            (p for p in drawn if (p.prompt, choice.model.id, GREEDY.name) not in kept),
             engine=engine,
-            format=side.model.format,
-            tokenizer=side.model.tokenizer,
-            model=side.model.id,
+            format=choice.model.format,
+            tokenizer=choice.model.tokenizer,
+            model=choice.model.id,
             budget=options.budget,
             concurrency=concurrency,
             seed=options.seed,
@@ -171,29 +194,42 @@ def _ordered(records: Sequence[Record], drawn: Sequence[Problem]) -> list[Record
     return sorted(records, key=lambda r: place[r.prompt])
 
 
-def _print(records: Sequence[Record], sides: Sequence[Choice], options: Options) -> int:
-    split = by_model(records)
-    own = split.get(sides[0].model.id, [])
-    twin = split.get(sides[1].model.id, []) if len(sides) > 1 else []
-    described = f"{sides[0].model.id} in {sides[0].model.format_name} on {sides[0].engine}"
-    against = f", against {sides[1].model.id}" if len(sides) > 1 else ""
+def _print(records: Sequence[Record], sides: Sequence[Side], options: Options) -> int:
+    model = sides[0][0].model
+    twin = next((choice.model for choice, how in sides if how.of == "twin"), None)
+
+    def of(choice: Choice, how: Method) -> list[Record]:
+        return [r for r in records if (r.model, r.method) == (choice.model.id, how.name)]
+
+    by_side = [of(*side) for side in sides]
+    own = by_side[0]
+    one_line = [r for (_, how), some in zip(sides, by_side, strict=True) if how == method("sequential") for r in some]
+    every = [r for some in by_side for r in some] if options.against else []
     at_once = own[0].concurrency if own else 1
     if options.as_json:
         about: dict[str, Any] = {
-            "model": sides[0].model.id,
-            "format": sides[0].model.format_name,
-            "engine": sides[0].engine,
-            "twin": sides[1].model.id if len(sides) > 1 else None,
+            "model": model.id,
+            "format": model.format_name,
+            "engine": sides[0][0].engine,
+            "twin": twin.id if twin else None,
             "split": options.split,
             "seed": options.seed,
             "concurrency": at_once,
             "max_threads": options.budget.max_threads,
             "max_tokens": options.budget.max_tokens,
         }
-        print(json.dumps(about | result(own, twin)))
-    else:
-        print(f"{described}{against}; {options.split} problems, seed {options.seed}, {at_once} at a time, greedy\n")
-        print(report(own, twin))
+        methods = {"methods": methods_result(every, own)} if every else {}
+        print(json.dumps(about | result(own, one_line) | methods))
+        return 0
+    against = f", against {twin.id}" if twin else ""
+    sampled = f", samples at temperature {options.temperature:g}" if any(how.temperature for _, how in sides) else ""
+    print(
+        f"{model.id} in {model.format_name} on {sides[0][0].engine}{against}; {options.split} problems, seed "
+        f"{options.seed}, {at_once} at a time, greedy{sampled}\n"
+    )
+    print(report(own, one_line))
+    if every:
+        print(f"\n{methods_table(every, own)}")
     return 0
 
 
