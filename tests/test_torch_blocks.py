@@ -29,7 +29,7 @@ class Book:
                 break
             node, count = grown, grown.end - end
             for k in range(count):
-                self.token[node.end_cell - count + k] = (ids[k], end + k)
+                self.token[node.cells[k - count]] = (ids[k], end + k)
             ids = ids[count:]
         return node
 

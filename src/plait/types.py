@@ -53,17 +53,21 @@ Context: TypeAlias = tuple["tuple[int, ...] | Merge", ...]
 
 def context_positions(context: Context) -> int:
     """Count positions: a merge is as long as its longest branch."""
-    return sum(
-        max((context_positions(b) for b in part.branches), default=0) if isinstance(part, Merge) else len(part)
-        for part in context
-    )
+    positions = 0
+    for part in context:
+        if isinstance(part, Merge):
+            positions += max((context_positions(branch) for branch in part.branches), default=0)
+        else:
+            positions += len(part)
+    return positions
 
 
 def context_cells(context: Context) -> int:
     """Count tokens held in memory: a merge holds every branch."""
-    return sum(
-        sum(context_cells(b) for b in part.branches) if isinstance(part, Merge) else len(part) for part in context
-    )
+    cells = 0
+    for part in context:
+        cells += sum(map(context_cells, part.branches)) if isinstance(part, Merge) else len(part)
+    return cells
 
 
 def context_merges(context: Context) -> Iterator[Merge]:

@@ -30,6 +30,20 @@ def normalise(context: Context) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+def num_common(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many ids two lists, or two tuples, have in common from their beginning."""
+    low, high = 0, min(len(ids), len(others))
+    if (ids if len(ids) == high else ids[:high]) == (others if len(others) == high else others[:high]):
+        return high
+    while high - low > 1:  # they part between the two: slices are compared at the speed of C
+        middle = (low + high) // 2
+        if ids[low:middle] == others[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
 class Call:
     """One engine call."""
 
@@ -58,7 +72,7 @@ class Call:
 
     def resumed(self) -> tuple[Part, ...]:
         """Its context and what it sampled so far."""
-        return normalise((*self.context, tuple(self.ids)))
+        return normalise((*self.context, tuple(self.ids))) if self.ids else self.context
 
     def stop(self) -> StopReason | None:
         """Why it ends after the token sampled last, if it does."""

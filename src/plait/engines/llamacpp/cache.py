@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from plait.engines.calls import Part
+from plait.engines.calls import Part, num_common
 from plait.types import Merge, context_cells
 
 MIN_SPLIT = 16
@@ -180,7 +180,7 @@ class Cache:
                 continue
             ids = child.key
             assert isinstance(ids, tuple)
-            common = _common(ids, part, offset, limit)
+            common = num_common(ids, part[offset : min(limit, offset + len(ids))])
             if common == len(ids):
                 after = offset + common
                 reached = (at + 1, 0) if after == len(part) else (at, after)
@@ -414,11 +414,3 @@ class Cache:
 
 def _reach(found: tuple[Node, int, int]) -> tuple[int, int]:
     return found[1], found[2]
-
-
-def _common(ids: tuple[int, ...], run: tuple[int, ...], offset: int, limit: int) -> int:
-    """How many tokens `ids` has in common with run[offset:limit]."""
-    most = min(len(ids), limit - offset)
-    if ids[:most] == run[offset : offset + most]:
-        return most
-    return next(k for k in range(most) if ids[k] != run[offset + k])

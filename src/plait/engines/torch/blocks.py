@@ -1,39 +1,42 @@
 """Which cells of the KV cache hold which context: blocks with reference counts under a prefix tree.
 
 A cell is the place of one token's keys and values; a block is a few cells in a row, handed out and taken back as one.
-A node is a run of tokens inside one block, computed after its parent, or a merge of the branches that end at its tips.
-It lives as long as anybody refers to it: a child, a merge that lists it, or a call that samples after it. A fork is one
-more reference, to a block that may be partly filled: whoever comes first goes on in it, the others in blocks of their
-own, and nobody sees the cells behind his own. So neither a fork nor a merge copies anything.
+A node is a run of tokens computed after its parent, in as many blocks as it takes, or a merge of the branches that end
+at its tips. It lives as long as anybody refers to it: a child, a merge that lists it, or a call that samples after it.
+A fork is one more reference, to a run whose last block may be partly filled: whoever comes first goes on in it, the
+others in blocks of their own, and nobody sees the cells behind his own. So neither a fork nor a merge copies anything.
 
-Nodes without references are a memo of what was computed: they are found again by content, and given up, oldest first,
-when blocks run out. Knows nothing of calls, sampling and tensors.
+Nodes without references are a memo of what was computed: they are found again by content, and given up, oldest first
+and block by block from their ends, when blocks run out. Knows nothing of calls, sampling and tensors.
 Source: PagedAttention (Kwon et al. 2023, arXiv:2309.06180), RadixAttention (Zheng et al. 2023, arXiv:2312.07104).
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from plait.engines.calls import num_common
 
 Cells = npt.NDArray[np.int64]
 
 
 class Node:
-    """A run of tokens inside one block, or a merge (then `ids` is empty)."""
+    """A run of tokens, or a merge (then `ids` is empty)."""
 
-    __slots__ = ("cell", "children", "ids", "merges", "parent", "refs", "start", "tips")
+    __slots__ = ("cells", "children", "ids", "merges", "parent", "refs", "start", "tips")
 
-    def __init__(self, parent: Node | None, ids: Sequence[int], *, start: int, cell: int = 0) -> None:
+    def __init__(self, parent: Node | None, ids: Sequence[int], cells: Iterable[int], *, start: int) -> None:
         self.parent = parent
         self.ids = list(ids)
+        self.cells = array("q", cells)
+        """Of each token; inside a block they count up."""
         self.start = start
         """Position of the first token; of a merge, the position after its longest branch."""
-        self.cell = cell
-        """Cell of the first token."""
         self.tips: tuple[Node, ...] = ()
         self.children: dict[int, list[Node]] = {}
         """By first token. Siblings may begin alike."""
@@ -45,10 +48,6 @@ class Node:
     def end(self) -> int:
         """Position after the last token."""
         return self.start + len(self.ids)
-
-    @property
-    def end_cell(self) -> int:
-        return self.cell + len(self.ids)
 
 
 class Pool:
@@ -62,12 +61,12 @@ class Pool:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.evictions = 0
-        """Nodes that were given up for room."""
+        """Blocks' worth of nodes that were given up for room."""
         self.clear()
 
     def clear(self) -> None:
         """Forget everything. Nodes from before must not be used again."""
-        self.root = Node(None, (), start=0)
+        self.root = Node(None, (), (), start=0)
         self.root.refs = 1
         self._roots: dict[str, Node] = {}
         """Of contexts with a salt."""
@@ -88,7 +87,7 @@ class Pool:
         if salt not in self._roots:
             if len(self._roots) >= self.num_blocks:
                 self._roots = {s: n for s, n in self._roots.items() if n.refs > 1}
-            self._roots[salt] = Node(None, (), start=0)
+            self._roots[salt] = Node(None, (), (), start=0)
             self._roots[salt].refs = 1
         return self._roots[salt]
 
@@ -129,7 +128,7 @@ class Pool:
             if at >= limit:
                 break
             for child in reversed(here.children.get(ids[at], ())):
-                common = _common(child.ids, ids, at, limit)
+                common = num_common(child.ids, list(ids[at : min(limit, at + len(child.ids))]))
                 if common == len(child.ids):
                     stack.append((child, at + common))
                 elif at + common > reach:
@@ -140,14 +139,16 @@ class Pool:
         """Cut a run after `count` tokens; the upper part is a new node, `node` becomes the lower part."""
         parent = node.parent
         assert parent is not None
-        upper = Node(parent, node.ids[:count], start=node.start, cell=node.cell)
+        upper = Node(parent, node.ids[:count], node.cells[:count], start=node.start)
         upper.refs = 1
         siblings = parent.children[node.ids[0]]
         siblings[siblings.index(node)] = upper
-        node.ids = node.ids[count:]
+        node.ids, node.cells = node.ids[count:], node.cells[count:]
         upper.children[node.ids[0]] = [node]
-        node.parent, node.start, node.cell = upper, upper.end, upper.end_cell
-        self._nodes[node.cell // self.block_size] += 1
+        node.parent, node.start = upper, upper.end
+        block = node.cells[0] // self.block_size
+        if upper.cells[-1] // self.block_size == block:
+            self._nodes[block] += 1
         return upper
 
     # Growing
@@ -159,21 +160,23 @@ class Pool:
             The node that ends with them, to which the caller's hold has passed; None if there is no room.
         """
         room = self._room_behind(tip)
-        if room and tip.refs == 1:
-            taken = ids[:room]
-            tip.ids += taken
+        block = tip.cells[-1] // self.block_size if room else self._take_block()
+        if block is None:
+            return None
+        first = tip.cells[-1] + 1 if room else block * self.block_size
+        taken = ids[: room or self.block_size]
+        cells = range(first, first + len(taken))
+        if tip.ids and tip.refs == 1:
             node = tip
+            node.ids += taken
+            node.cells.extend(cells)
         else:
-            block = tip.cell // self.block_size if room else self._take_block()
-            if block is None:
-                return None
-            cell = tip.end_cell if room else block * self.block_size
-            taken = ids[: room or self.block_size]
-            node = Node(tip, taken, start=tip.end, cell=cell)
+            node = Node(tip, taken, cells, start=tip.end)
             node.refs = 1  # the caller's; the one it had on `tip` is the child's now
             tip.children.setdefault(ids[0], []).append(node)
+        if node is not tip or not room:
             self._nodes[block] += 1
-        self._filled[node.cell // self.block_size] += len(taken)
+        self._filled[block] += len(taken)
         self.used += len(taken)
         return node
 
@@ -181,7 +184,7 @@ class Pool:
         """The merge of branches that all start at `base`: what follows it sees the cells of every one of them."""
         node = base.merges.get(tips)
         if node is None:
-            node = Node(base, (), start=max(tip.end for tip in tips))
+            node = Node(base, (), (), start=max(tip.end for tip in tips))
             node.tips = tips
             base.merges[tips] = node
             for held in (base, *tips):
@@ -193,9 +196,9 @@ class Pool:
         """Cells right behind a node that nobody was given yet."""
         if not tip.ids:
             return 0
-        block, size = tip.cell // self.block_size, self.block_size
+        block, at = divmod(tip.cells[-1], self.block_size)
         filled = self._filled[block]
-        return size - filled if tip.end_cell == block * size + filled else 0
+        return self.block_size - filled if at + 1 == filled else 0
 
     def _take_block(self) -> int | None:
         while not self.free:
@@ -211,28 +214,34 @@ class Pool:
             self._evict(next(iter(self.idle)))
 
     def _evict(self, node: Node) -> None:
-        """Forget a node that nobody refers to. Its parent comes next, if nobody else needs it."""
+        """Forget the last block of a node that nobody refers to. Its parent comes next, if nobody else needs it."""
         parent = node.parent
         assert parent is not None
         assert not node.refs
-        del self.idle[node]
         if node.tips:
             del parent.merges[node.tips]
             for tip in node.tips:
                 self._release(tip, last=False)
         else:
-            group = parent.children[node.ids[0]]
+            first = node.ids[0]
+            self._give_back(node)
+            if node.ids:
+                return
+            group = parent.children[first]
             group.remove(node)
             if not group:
-                del parent.children[node.ids[0]]
-            self._give_back(node)
+                del parent.children[first]
+        del self.idle[node]
         self._release(parent, last=False)
 
     def _give_back(self, node: Node) -> None:
-        block = node.cell // self.block_size
-        self.used -= len(node.ids)
-        if node.end_cell == block * self.block_size + self._filled[block]:
-            self._filled[block] -= len(node.ids)
+        """Take a run's tokens out of the last block that it has."""
+        block, at = divmod(node.cells[-1], self.block_size)
+        count = min(at + 1, len(node.cells))
+        del node.ids[-count:], node.cells[-count:]
+        self.used -= count
+        if at + 1 == self._filled[block]:
+            self._filled[block] -= count
         self._nodes[block] -= 1
         if not self._nodes[block]:
             self._filled[block] = 0
@@ -242,7 +251,7 @@ class Pool:
 
     def cells(self, tip: Node) -> Cells:
         """Every cell that a token after `tip` sees. A cell that two branches of a merge share is there twice."""
-        spans = [np.arange(node.cell, node.end_cell) for node in _path(tip, None)]
+        spans = [np.frombuffer(node.cells, np.int64) for node in _path(tip, None)]
         return np.concatenate(spans[::-1]) if spans else np.empty(0, np.int64)
 
     def check(self, holds: Sequence[Node] = ()) -> None:
@@ -272,12 +281,14 @@ class Pool:
         for node in nodes:
             assert node.refs == refs[node], "references are counted"
             assert (node in self.idle) == (not node.refs)
-            for cell in range(node.cell, node.end_cell):
+            assert len(node.cells) == len(node.ids)
+            for cell in node.cells:
                 assert owner.setdefault(cell, node) is node, "no cell has two owners"
                 assert cell % self.block_size < self._filled[cell // self.block_size]
         in_block = [0] * self.num_blocks
         for node in nodes:
-            in_block[node.cell // self.block_size] += bool(node.ids)
+            for block in {cell // self.block_size for cell in node.cells}:
+                in_block[block] += 1
         assert in_block == self._nodes
         assert sorted(self.free) == [i for i, count in enumerate(in_block) if not count]
         assert self.used == len(owner)
@@ -292,11 +303,3 @@ def _path(tip: Node, stop: Node | None) -> Iterator[Node]:
         for branch in reversed(node.tips):
             yield from _path(branch, node.parent)
         node = node.parent
-
-
-def _common(ids: list[int], run: Sequence[int], at: int, limit: int) -> int:
-    """How many tokens `ids` has in common with run[at:limit]."""
-    most = min(len(ids), limit - at)
-    if ids[:most] == list(run[at : at + most]):
-        return most
-    return next(k for k in range(most) if ids[k] != run[at + k])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from plait.engines import calls
@@ -39,7 +40,7 @@ _MOST_ROWS = 1024
 class Call(calls.Call):
     """One engine call, and what it holds of the cache."""
 
-    __slots__ = ("_sees", "computed", "holds", "length", "parts", "reserve", "tip")
+    __slots__ = ("_sees", "computed", "holds", "length", "parts", "reserve", "shares", "tip")
 
     def __init__(self, number: int, context: tuple[Part, ...], params: SamplingParams, limit: int, user: Any) -> None:
         super().__init__(number, context, params, limit, user)
@@ -52,7 +53,9 @@ class Call(calls.Call):
         self.computed = 0
         """Tokens of these that were not cached."""
         self.reserve = 0
-        """Blocks it was let in with."""
+        """Blocks it may still take until it samples."""
+        self.shares = False
+        """Whether those are left out that it shares with calls that were live when it was let in."""
         self.length = 0
         self._sees: Cells = np.empty(0, np.int64)
 
@@ -90,6 +93,11 @@ def num_blocks(context: Context, block_size: int) -> int:
         else -(-len(part) // block_size)
         for part in context
     )
+
+
+def _coming(calls: Sequence[Call]) -> int:
+    """Blocks that calls may take next: those that sample, one each."""
+    return sum(1 if call.tip is not None else call.reserve for call in calls)
 
 
 class _Walk:
@@ -316,32 +324,34 @@ class Scheduler:
         while self.queue and len(self.live) < self._max_seqs and not self._full:
             call = self.queue[0]
             call.parts, call.computed = call.resumed(), 0
-            call.reserve = self._reserve(call)
+            call.reserve, call.shares = num_blocks(call.parts, self.pool.block_size) + 1, False
             if self.live and not self._fits(call):
                 self._full = True
                 return
             insort(self.live, self.queue.popleft(), key=lambda c: c.number)
 
-    def _reserve(self, call: Call) -> int:
-        """Blocks that a call needs beside those that live calls hold already."""
-        need = num_blocks(call.parts, self.pool.block_size) + 1
-        first = call.parts[0]
-        if isinstance(first, Merge):
-            return need
-        node, _ = self.pool.match(self.pool.root_of(call.salt), first, len(first) - 1)
-        return need - int(self._held()[self.pool.cells(node)[:: self.pool.block_size] // self.pool.block_size].sum())
-
-    def _held(self) -> np.ndarray:
-        """Which blocks live calls hold."""
-        held = np.zeros(self.pool.num_blocks, bool)
-        for call in self.live:
-            held[call.sees // self.pool.block_size] = True
-        return held
-
     def _fits(self, call: Call) -> bool:
         """Whether there are blocks for a call beside the live ones, and one to come for each of these."""
-        coming = sum(1 if c.tip is not None else c.reserve for c in self.live)
-        return int(self._held().sum()) + coming + call.reserve <= self.pool.num_blocks
+        calls = [*self.live, call]
+        held = self._blocks_of(c.sees for c in self.live)
+        room = self.pool.num_blocks - int(held.sum())
+        if _coming(calls) <= room:
+            return True
+        # Only where blocks are scarce it is worth to ask what calls find that live ones hold already.
+        for c in calls:
+            first = c.parts[0]
+            if c.tip is None and not c.shares and not isinstance(first, Merge):
+                node, _ = self.pool.match(self.pool.root_of(c.salt), first, len(first) - 1)
+                c.reserve -= int((held & self._blocks_of([self.pool.cells(node)])).sum())
+                c.shares = True
+        return _coming(calls) <= room
+
+    def _blocks_of(self, cells: Iterable[Cells]) -> npt.NDArray[np.bool_]:
+        """In which blocks [num_blocks] they are."""
+        blocks = np.zeros(self.pool.num_blocks, bool)
+        for some in cells:
+            blocks[some // self.pool.block_size] = True
+        return blocks
 
     def _leave(self, call: Call) -> None:
         """Take a call out; what it computed stays as a memo."""
@@ -400,7 +410,7 @@ class Scheduler:
             if node is None:
                 return False
             call.tip = node
-            call.see_one(node.end_cell - 1)
+            call.see_one(node.cells[-1])
             step.add(Piece(token_ids=call.ids[-1:], start=node.end - 1, sees=call.sees))
             step.last[call] = step.rows - 1
             return True
