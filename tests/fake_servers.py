@@ -7,6 +7,7 @@ the real ones check, and have the traps of the real ones. `Fault`s happen to the
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import anyio
 import anyio.abc
 import h11
+from anyio.streams.tls import TLSListener
 
 from plait.engines.scripted import ScriptedEngine
 from plait.types import Chunk, SamplingParams, StopReason
@@ -72,6 +74,9 @@ class FakeServer:
     script: Any = None
     """What the scripted engine says, in place of a pseudo-random model."""
     heeds_bans: bool = True
+    together: bool = False
+    """All that a stream holds is sent at once, as a client sees it that lags behind."""
+    tls: ssl.SSLContext | None = None
     loading: int = 0
     """GETs that are answered with 503 first."""
     faults: list[Fault] = field(default_factory=list)
@@ -148,7 +153,9 @@ class FakeServer:
         """Listen on loopback."""
         listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
         port = listener.extra(anyio.abc.SocketAttribute.local_port)
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{port}"
+        if self.tls is not None:
+            listener = TLSListener(listener, self.tls, standard_compatible=False)
         async with listener:
             tasks = anyio.create_task_group()
             await tasks.__aenter__()
@@ -159,9 +166,9 @@ class FakeServer:
                 tasks.cancel_scope.cancel()
                 await tasks.__aexit__(None, None, None)  # so that an error of the block leaves it bare
 
-    async def _connection(self, stream: anyio.abc.SocketStream) -> None:
+    async def _connection(self, stream: anyio.abc.ByteStream) -> None:
         self.connections += 1
-        wire = _Wire(stream)
+        wire = _Wire(stream, self.together)
         try:
             async with stream:
                 while await self._request(wire):
@@ -230,6 +237,7 @@ class FakeServer:
             try:
                 async with aclosing(self.events(path, body)) as events:
                     whole = await self._send(wire, events, fault)
+                    await wire.flush()
             except (anyio.BrokenResourceError, anyio.ClosedResourceError):
                 gone.set()
             tasks.cancel_scope.cancel()
@@ -246,6 +254,7 @@ class FakeServer:
                     started = True
                 match fault.kind:
                     case "slow" | "stall":
+                        await wire.flush()
                         await anyio.sleep(fault.seconds)
                     case "pings":
                         with anyio.move_on_after(fault.seconds):
@@ -293,8 +302,9 @@ class FakeServer:
 class _Wire:
     """One HTTP/1.1 connection."""
 
-    def __init__(self, stream: anyio.abc.SocketStream) -> None:
+    def __init__(self, stream: anyio.abc.ByteStream, together: bool) -> None:
         self.stream, self.h11 = stream, h11.Connection(h11.SERVER)
+        self.together, self.held = together, b""
 
     async def request(self) -> tuple[h11.Request | None, bytes]:
         request, data = None, b""
@@ -319,7 +329,12 @@ class _Wire:
                 self.h11.receive_data(await self.stream.receive())
 
     async def send(self, event: h11.Event) -> None:
-        data = self.h11.send(event)
+        self.held += self.h11.send(event) or b""
+        if not (self.together and isinstance(event, h11.Data)):
+            await self.flush()
+
+    async def flush(self) -> None:
+        data, self.held = self.held, b""
         if data:
             await self.stream.send(data)
 

@@ -152,6 +152,27 @@ async def test_several_tokens_in_one_event_are_cut_at_the_stop_and_at_the_limit(
         assert (await call(engine, max_tokens=20))[0] == said
 
 
+@pytest.mark.parametrize(
+    ("dialect", "anyio_backend"), [*((d, "asyncio") for d in DIALECTS), ("completions", "trio"), ("sglang", "trio")]
+)
+async def test_tokens_that_arrive_at_once_are_one_chunk_up_to_the_stop(dialect: str) -> None:
+    said = await said_by_the_model(max_tokens=20)
+    stop = said[3]
+    cut = said[: said.index(stop) + 1]
+    async with opened(DIALECTS[dialect][0](together=True)) as engine:
+        for params, expected in (
+            ({"max_tokens": 20, "stop_ids": (stop,)}, (cut, StopReason.STOP)),
+            ({"max_tokens": 20, "eos_ids": (stop,)}, (cut, StopReason.EOS)),
+            ({"max_tokens": 6}, (said[:6], StopReason.LENGTH)),
+        ):
+            asked = SamplingParams(**params)
+            chunks = [chunk async for chunk in engine.generate((PROMPT,), asked)]
+            # A llama-server may stop at the spelling of a stop before, and is asked to go on.
+            assert len(chunks) == 1 or dialect == "llama-server"
+            assert ([id for chunk in chunks for id in chunk.token_ids], chunks[-1].stop) == expected
+        assert engine.stats().decode_tokens == 2 * len(cut) + 6
+
+
 @only_on_asyncio
 async def test_a_control_token_stops_a_llama_server() -> None:
     server = FakeLlamaServer(weights={41: 30.0}, token_s=0.001)

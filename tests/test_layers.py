@@ -58,7 +58,7 @@ HEAVY = {
     "hypothesis": ("testing/strategies.py",),
     "pytest": ("testing/pytest.py",),
     "selenium": (),
-    "httpcore2": ("engines/http/client.py",),
+    "h11": ("engines/http/wire.py", "server/connection.py"),
     "httpx2": ("bench/load.py", "inspect_provider.py", "server/spans.py"),
     "inspect_ai": ("inspect_provider.py",),
     # An engine that is woken from its own thread has to ask the running loop how.

@@ -1,35 +1,27 @@
-"""The wire: one pool of connections, a time limit for each phase, server-sent events, and what went wrong in words.
+"""What is said to a server and what comes back: pages, server-sent events, and what went wrong in words.
 
-Knows HTTP and nothing of tokens. Closing the stream of an answer closes its connection, which is how every server
-here learns that nobody listens any more. Needs httpcore2, the transport of httpx2: a token is an event of its own, and
-what httpx2 adds for each is a third of what it costs here.
+Knows JSON over HTTP and nothing of tokens. Closing the stream of an answer closes its connection, which is how every
+server here learns that nobody listens any more.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import ssl
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any
 
 from plait.engines.http.base import Json
+from plait.engines.http.wire import Answer, Pool, Wait
 from plait.errors import (
     ContextLengthError,
     EngineError,
     EngineProtocolError,
-    EngineTimeout,
     EngineUnavailable,
+    PlaitError,
     RequestError,
 )
-
-try:
-    import httpcore2
-except ImportError as exc:
-    raise ImportError("it needs httpx2: pip install 'plait[http]'") from exc
 
 _TOO_LONG = (
     *("exceed_context_size", "context length", "context size", "maximum context"),
@@ -38,8 +30,6 @@ _TOO_LONG = (
 """What servers say of a prompt that does not fit; there is no common code for it."""
 _MOST_ERROR_BYTES = 1 << 16
 _MOST_EVENT_BYTES = 1 << 20
-_IDLE_S = 5.0
-"""How long a connection is kept for the next call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,53 +57,24 @@ class Busy(EngineUnavailable):
     retry_after_s = 0.0
 
 
-class Wait:
-    """How long an answer may go on saying nothing of interest: bytes alone do not extend it, for they may be pings.
-
-    It is looked at only where a call has to wait for the network, so it costs nothing while tokens queue up.
-    """
-
-    def __init__(self, seconds: float, what: str) -> None:
-        self.extend(seconds, what)
-
-    def extend(self, seconds: float, what: str) -> None:
-        """Start again: so many seconds from now until what is waited for has to be there."""
-        # Not the event loop's clock: to ask which loop runs costs several times as much, at each token.
-        self._deadline, self._seconds, self._what = monotonic() + seconds, seconds, what
-
-    def left(self) -> float | None:
-        """Seconds that are left; None for any number."""
-        return None if math.isinf(self._deadline) else self._deadline - monotonic()
-
-    def __str__(self) -> str:
-        return f"{self._what} within {self._seconds:g} s"
-
-
 class Client:
     """HTTP to any number of servers.
 
     Args:
         api_key: Sent as a bearer token.
-        max_connections: Calls at once, to all servers together.
         secure: Whether an address is https.
     """
 
-    def __init__(self, *, timeouts: Timeouts, api_key: str | None, max_connections: int, secure: bool) -> None:
+    def __init__(self, *, timeouts: Timeouts, api_key: str | None, secure: bool) -> None:
         self.timeouts = timeouts
         self._headers = {"accept-encoding": "identity", "user-agent": "plait"}
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
         # An engine's address is what the user said: no proxy of the environment, no redirect to elsewhere.
-        self._http = httpcore2.AsyncConnectionPool(
-            # Loading the certificates of the system takes as long as many a call, and plain HTTP needs none.
-            ssl_context=ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-            max_connections=max_connections,
-            keepalive_expiry=_IDLE_S,
-            network_backend=_Network(),
-        )
+        self._pool = Pool(connect_s=timeouts.connect_s, secure=secure)
 
     async def aclose(self) -> None:
-        await self._http.aclose()
+        await self._pool.aclose()
 
     async def get(self, url: str) -> Any:
         """A page of a server: parsed JSON, else its text; None where it has no such page.
@@ -130,29 +91,34 @@ class Client:
 
     async def _page(self, method: str, url: str, body: Json | None) -> Any:
         wait = Wait(self.timeouts.probe_s, f"{url} did not answer")
-        with _named(url, wait):
-            response = await self._http.request(method, url, **self._asked(body, {}, wait))
-        if response.status in (404, 405, 501):
+        async with self._asked(method, url, body, {}, wait) as answer:
+            content = b""
+            while part := await answer.part():
+                content += part
+        status = answer.head.status_code
+        if status in (404, 405, 501):
             return None
-        if response.status >= 300:
-            raise _refusal(url, response, response.content)
+        if status >= 300:
+            raise _refusal(url, answer, content)
         try:
-            return json.loads(response.content)
+            return json.loads(content)
         except ValueError:
-            return response.content.decode("utf-8", "replace")
+            return content.decode("utf-8", "replace")
 
-    def _asked(self, body: Json | None, headers: dict[str, str], wait: Wait) -> dict[str, Any]:
-        content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        kind = {} if body is None else {"content-type": "application/json"}
-        limits = {"connect": self.timeouts.connect_s, "pool": wait.left(), "read": wait, "write": wait}
-        return {
-            "headers": {**self._headers, **kind, **headers},
-            "content": content,
-            "extensions": {"timeout": limits},
-        }
+    def _asked(
+        self, method: str, url: str, body: Json | None, headers: dict[str, str], wait: Wait
+    ) -> AbstractAsyncContextManager[Answer]:
+        if body is None:
+            return self._pool.answer(method, url, {**self._headers, **headers}, None, wait)
+        content = json.dumps(body, separators=(",", ":")).encode()
+        kind = {"content-type": "application/json"}
+        return self._pool.answer(method, url, {**self._headers, **kind, **headers}, content, wait)
 
-    async def events(self, url: str, body: Json, headers: dict[str, str], wait: Wait) -> AsyncGenerator[Json, None]:
-        """Post a call and read its events; closing the generator closes the connection.
+    async def events(
+        self, url: str, body: Json, headers: dict[str, str], wait: Wait
+    ) -> AsyncGenerator[list[Json], None]:
+        """Post a call and read its events, those together that arrived together; closing the generator closes the
+        connection.
 
         Args:
             wait: Until when the next bytes have to come; whoever reads the events extends it.
@@ -161,24 +127,32 @@ class Client:
             ContextLengthError: The server finds the prompt too long.
             EngineTimeout: The wait was over.
             Busy, EngineUnavailable, EngineError, EngineProtocolError: See `_refusal`; and a stream that is cut off, or
-                is not made of JSON events.
+                is not made of JSON events. What came before it comes first.
         """
-        with _named(url, wait):
-            async with self._http.stream("POST", url, **self._asked(body, headers, wait)) as response:
-                if response.status != 200:
-                    raise _refusal(url, response, await _beginning(response))
-                kind = _header(response, b"content-type")
-                if kind.partition(";")[0].strip().lower() != "text/event-stream":
-                    said = await _beginning(response)
-                    if not said:
-                        raise EngineError(f"{url} ended its answer before it began")
-                    raise EngineProtocolError(f"{url} did not answer with an event stream but with {said[:80]!r}")
-                parser = EventParser()
-                async with aclosing(response.aiter_stream()) as parts:
-                    async for part in parts:
-                        for data in parser.feed(part):
-                            if data not in (b"", b"[DONE]"):
-                                yield _parsed(url, data)
+        async with self._asked("POST", url, body, headers, wait) as answer:
+            if answer.head.status_code != 200:
+                raise _refusal(url, answer, await _beginning(answer))
+            if answer.header(b"content-type").partition(";")[0].strip().lower() != "text/event-stream":
+                said = await _beginning(answer)
+                if not said:
+                    raise EngineError(f"{url} ended its answer before it began")
+                raise EngineProtocolError(f"{url} did not answer with an event stream but with {said[:80]!r}")
+            parser = EventParser()
+            while part := await answer.part():
+                events: list[Json] = []
+                failure: PlaitError | None = None
+                for data in parser.feed(part):
+                    if data in (b"", b"[DONE]"):
+                        continue
+                    try:
+                        events.append(_parsed(url, data))
+                    except PlaitError as exc:
+                        failure = exc
+                        break
+                if events:
+                    yield events
+                if failure is not None:
+                    raise failure
 
 
 class EventParser:
@@ -209,35 +183,10 @@ class EventParser:
             elif not line and self._data:
                 complete.append(self._data[0] if len(self._data) == 1 else b"\n".join(self._data))
                 self._data, self._size = [], 0
-        if self._size + len(self._rest) > _MOST_EVENT_BYTES:
+        # What is complete is read first.
+        if not complete and self._size + len(self._rest) > _MOST_EVENT_BYTES:
             raise EngineProtocolError(f"the server sent an event of more than {_MOST_EVENT_BYTES} bytes")
         return complete
-
-
-class _Network(httpcore2.AsyncNetworkBackend):
-    """Connections whose limits are `Wait`s: httpcore2 hands on what a request says, whatever it is."""
-
-    def __init__(self) -> None:
-        self._network: Any = httpcore2.AnyIOBackend()
-
-    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore2.AsyncNetworkStream:
-        return _Stream(await self._network.connect_tcp(*args, **options))
-
-
-class _Stream(httpcore2.AsyncNetworkStream):
-    def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
-        self._stream = stream
-        self.get_extra_info = stream.get_extra_info
-        self.aclose = stream.aclose
-
-    async def read(self, max_bytes: int, timeout: Any = None) -> bytes:  # noqa: ASYNC109 - the contract's name
-        return await self._stream.read(max_bytes, timeout.left())
-
-    async def write(self, buffer: bytes, timeout: Any = None) -> None:  # noqa: ASYNC109
-        await self._stream.write(buffer, timeout.left())
-
-    async def start_tls(self, *args: Any, **options: Any) -> httpcore2.AsyncNetworkStream:
-        return _Stream(await self._stream.start_tls(*args, **options))
 
 
 def _parsed(url: str, data: bytes) -> Json:
@@ -255,47 +204,24 @@ def _parsed(url: str, data: bytes) -> Json:
     return event
 
 
-@contextmanager
-def _named(url: str, wait: Wait) -> Iterator[None]:
-    """Turn what httpcore2 raises into our errors, with the address on them."""
-    try:
-        yield
-    except httpcore2.ConnectTimeout as exc:
-        raise EngineUnavailable(f"{url} does not accept connections: timed out") from exc
-    except (httpcore2.ConnectError, httpcore2.UnsupportedProtocol) as exc:
-        raise EngineUnavailable(f"{url} cannot be reached: {exc}") from exc
-    except httpcore2.TimeoutException as exc:
-        raise EngineTimeout(str(wait)) from exc
-    except (httpcore2.NetworkError, httpcore2.ProtocolError) as exc:
-        raise EngineError(f"{url} broke off: {exc or type(exc).__name__}") from exc
-
-
-async def _beginning(response: httpcore2.Response) -> bytes:
+async def _beginning(answer: Answer) -> bytes:
     """As much of an error page as is worth reading."""
     data = b""
-    async with aclosing(response.aiter_stream()) as parts:
-        async for part in parts:
-            data += part
-            if len(data) >= _MOST_ERROR_BYTES:
-                break
+    while len(data) < _MOST_ERROR_BYTES and (part := await answer.part()):
+        data += part
     return data[:_MOST_ERROR_BYTES]
 
 
-def _header(response: httpcore2.Response, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in response.headers if key.lower() == name), "")
-
-
-def _refusal(url: str, response: httpcore2.Response, content: bytes) -> Exception:
+def _refusal(url: str, answer: Answer, content: bytes) -> Exception:
     """The error that a status says."""
-    status = response.status
+    status = answer.head.status_code
     try:
         said = _message(json.loads(content))
     except ValueError:
         said = content.decode("utf-8", "replace").strip()[:200]
-    reason: bytes = response.extensions.get("reason_phrase", b"")
-    fault = _fault(f"{url} answered {status}", status, said or reason.decode("latin-1"))
+    fault = _fault(f"{url} answered {status}", status, said or answer.head.reason.decode("latin-1"))
     if isinstance(fault, Busy):
-        fault.retry_after_s = _seconds(_header(response, b"retry-after"))
+        fault.retry_after_s = _seconds(answer.header(b"retry-after"))
     return fault
 
 

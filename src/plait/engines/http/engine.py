@@ -8,19 +8,20 @@ kind of server wants is in its dialect.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
 import anyio
 
 from plait.engines.base import EngineStats
-from plait.engines.http.base import Call, Dialect, Piece
-from plait.engines.http.client import Busy, Client, Timeouts, Wait
+from plait.engines.http.base import Call, Dialect, Json, Piece
+from plait.engines.http.client import Busy, Client, Timeouts
 from plait.engines.http.placement import Place, Placement
 from plait.engines.http.probe import Server, probe
 from plait.engines.http.reader import Reader
+from plait.engines.http.wire import Wait
 from plait.errors import (
     ContextLengthError,
     EngineError,
@@ -109,7 +110,6 @@ class HttpEngine:
         self._client = Client(
             timeouts=self.timeouts,
             api_key=self._api_key,
-            max_connections=self._max_calls,
             secure=any(url.startswith("https:") for url in self.urls),
         )
         try:
@@ -166,7 +166,7 @@ class HttpEngine:
         )
 
     async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
-        """Continue a context. Chunks are as large as the server's events.
+        """Continue a context. A chunk is what arrived together.
 
         Raises:
             UnsupportedJoin: The context holds a merge.
@@ -233,34 +233,38 @@ class HttpEngine:
         first_s, next_s = self.timeouts.first_token_s, self.timeouts.next_token_s
         wait = Wait(first_s, f"{path}: no token came")
         further = f"{path}: no further token came"
-        async with aclosing(self._client.events(path, dialect.body(call), headers, wait)) as events:
-            async for event in events:
-                piece = reader.take(event)
-                if piece.token_ids:
-                    self._placement.begin(place)
-                stop = state.add(piece)
-                self._decoded += len(piece.token_ids)
-                over = stop is not None or piece.finish is not None
-                if over:
-                    if piece.finish is not None or dialect.ends_itself(call):
-                        await self._read_to_end(events, reader)
-                    self._count_prompt(reader, call, state)
-                    state.stop = stop
-                if piece.token_ids or stop is not None:
-                    yield Chunk(token_ids=piece.token_ids, logprobs=piece.logprobs, stop=stop)
-                    # Not before: whoever reads the chunk may take its time.
-                    wait.extend(next_s, further)
-                if over:
-                    if stop is None and reader.num_read == 0:
-                        raise EngineProtocolError(f"C4: {path} ended a call without a token, for {piece.finish!r}")
-                    return
+        async with aclosing(self._client.events(path, dialect.body(call), headers, wait)) as batches:
+            async for events in batches:
+                pieces = reader.pieces(events)
+                for piece in pieces:
+                    if piece.token_ids:
+                        self._placement.begin(place)
+                    stop = state.add(piece)
+                    self._decoded += len(piece.token_ids)
+                    over = stop is not None or piece.finish is not None
+                    if over:
+                        if piece.finish is not None or dialect.ends_itself(call):
+                            await self._read_to_end(pieces, batches, reader)
+                        self._count_prompt(reader, call, state)
+                        state.stop = stop
+                    if piece.token_ids or stop is not None:
+                        yield Chunk(token_ids=piece.token_ids, logprobs=piece.logprobs, stop=stop)
+                        # Not before: whoever reads the chunk may take its time.
+                        wait.extend(next_s, further)
+                    if over:
+                        if stop is None and reader.num_read == 0:
+                            raise EngineProtocolError(f"C4: {path} ended a call without a token, for {piece.finish!r}")
+                        return
         raise EngineError(f"{path} ended its stream after {reader.num_read} tokens without saying why")
 
-    async def _read_to_end(self, events: AsyncGenerator[dict[str, Any], None], reader: Reader) -> None:
+    async def _read_to_end(
+        self, pieces: Iterator[Piece], batches: AsyncGenerator[list[Json], None], reader: Reader
+    ) -> None:
         """Take the usage that follows the last token, so that the connection can serve the next call."""
+        deque(pieces, maxlen=0)
         with anyio.move_on_after(_END_S):
-            async for event in events:
-                reader.take(event)
+            async for events in batches:
+                deque(reader.pieces(events), maxlen=0)
 
     def _count_prompt(self, reader: Reader, call: Call, state: _State) -> None:
         cached = reader.cached_tokens or 0

@@ -13,12 +13,13 @@ from typing import Any, TypeAlias
 import anyio
 
 from plait.engines.http.base import Call, Dialect
-from plait.engines.http.client import Busy, Client, Wait
+from plait.engines.http.client import Busy, Client
 from plait.engines.http.completions import Completions
 from plait.engines.http.llama_server import LlamaServer
 from plait.engines.http.reader import Reader
 from plait.engines.http.sglang import Sglang
 from plait.engines.http.vllm import NATIVE, Vllm
+from plait.engines.http.wire import Wait
 from plait.errors import EngineError, EngineProtocolError, EngineUnavailable, RequestError, nearest
 from plait.types import SamplingParams
 
@@ -185,9 +186,10 @@ async def _trial(client: Client, url: str, server: Server, dialect: Dialect) -> 
     reader = Reader(call, dialect)
     path = f"{url}{dialect.route(call)}"
     wait = Wait(client.timeouts.first_token_s, f"{path} did not answer")
-    async with aclosing(client.events(path, dialect.body(call), {}, wait)) as events:
-        async for event in events:
-            reader.take(event)
+    async with aclosing(client.events(path, dialect.body(call), {}, wait)) as batches:
+        async for events in batches:
+            for event in events:
+                reader.take(event)
     if reader.num_read != 1:
         raise EngineProtocolError(
             f"C3: {path} gave {reader.num_read} token ids where one was asked for. An engine has "

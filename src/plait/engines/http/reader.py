@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 from plait.engines.http.base import Call, Dialect, Json, Piece
 from plait.errors import EngineError, EngineProtocolError
@@ -24,6 +26,29 @@ class Reader:
         self.num_read = 0
         self.prompt_tokens: int | None = None
         self.cached_tokens: int | None = None
+
+    def pieces(self, events: Iterable[Json]) -> Iterator[Piece]:
+        """What events add that came together: one piece up to where the call ends, or what is left is wrong.
+
+        Raises:
+            EngineError: See `take`; what came before it comes first.
+        """
+        together: list[Piece] = []
+        failure: EngineError | None = None
+        for event in events:
+            try:
+                piece = self.take(event)
+            except EngineError as exc:
+                failure = exc
+                break
+            together.append(piece)
+            if piece.finish is not None or (piece.token_ids and self._ended):
+                yield _joined(together)
+                together = []
+        if together:
+            yield _joined(together)
+        if failure is not None:
+            raise failure
 
     def take(self, event: Json) -> Piece:
         """What an event adds, cut after the first stop id and after `max_tokens`.
@@ -61,8 +86,19 @@ class Reader:
             raise EngineProtocolError(f"C4: the server sampled a banned id: {sorted(self._banned & set(ids[:num]))}")
         if params.logprobs and len(piece.logprobs) != len(ids):
             raise EngineProtocolError(f"C6: the server gave {len(piece.logprobs)} log-probabilities for {len(ids)} ids")
-        self._ended = num < len(ids) or ids[num - 1] in self._ends
+        self._ended = num < len(ids) or ids[num - 1] in self._ends or self.num_read == self._call.max_tokens
         if params.logprobs and num == len(ids):
             return piece
         logprobs = piece.logprobs[:num] if params.logprobs else (0.0,) * num
         return replace(piece, token_ids=ids[:num], logprobs=logprobs)
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    """Pieces in a row, of which at most the last one ends the call."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Piece(
+        token_ids=tuple(chain.from_iterable(piece.token_ids for piece in pieces)),
+        logprobs=tuple(chain.from_iterable(piece.logprobs for piece in pieces)),
+        finish=pieces[-1].finish,
+    )
