@@ -105,7 +105,8 @@ def run(args: argparse.Namespace) -> None:
     there = read_records(args.json)
     drawn, problems = entries(args), held_out(args.problems, args.seed)
     with RecordFile(args.json) as file:
-        for number in range(-1, max((entry.samples for entry in drawn), default=0)):
+        passes = range(-1, max(entry.samples for entry in drawn))
+        for number in passes if not args.only_timed else ():
             for entry in drawn:
                 if number < entry.samples:
                     anyio.run(side_by_side, entry, number, problems, there, file, args)
@@ -440,6 +441,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("--message-temperature", type=float, default=0.7)
     command.add_argument("--concurrency", type=int, default=2, help="problems at once; at least 2")
     command.add_argument("--timed", type=int, default=0, help="problems answered alone as well, for wall time")
+    command.add_argument("--only-timed", action="store_true", help="only those")
     command.add_argument("--json", type=Path, required=True, help="records, a line each")
     command = commands.choices["report"]
     command.add_argument("files", type=Path, nargs="+", help="that `run` wrote")

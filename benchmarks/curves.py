@@ -56,7 +56,7 @@ def draw(panels: Mapping[str, Sequence[Curve]], *, xlabel: str, smooth: int = 5)
 
 
 def scatter(panels: Mapping[str, Sequence[Series]], *, xlabel: str) -> str:
-    """An SVG picture of points, x on a scale of powers of 2; names have the same colour in all panels.
+    """An SVG picture of points, x on a logarithmic scale; names have the same colour in all panels.
 
     Args:
         panels: By title; all have the same y axis.
@@ -121,10 +121,10 @@ def _points(title: str, some: Sequence[Series], bounds: tuple[float, float], xla
             return TOP + height * (high - min(max(value, low), high)) / (high - low)
 
         parts = _axis(title, left, low, high, width, height)
-        for power in range(math.ceil(first), math.floor(last) + 1):
-            at = x(2**power)
+        for tick in _ticks(2**first, 2**last):
+            at = x(tick)
             parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{TOP + height}"/>')
-            parts.append(f'<text x="{at:.1f}" y="{TOP + height + 17}" text-anchor="middle">{2**power:,}</text>')
+            parts.append(f'<text x="{at:.1f}" y="{TOP + height + 17}" text-anchor="middle">{tick:,g}</text>')
         parts.append(f'<text x="{left + width}" y="{TOP + height + 33}" text-anchor="end">{escape(xlabel)}</text>')
         for series in some:
             colour = colours[series.name]
@@ -168,6 +168,16 @@ def _curves(title: str, curves: Sequence[Curve], smooth: int, xlabel: str) -> _P
         return parts
 
     return panel
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round values of a logarithmic axis: at most eight, and at least two unless it is very short."""
+    tens = [10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    for steps in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5, 7), (1, 2, 5), (1,)):
+        ticks = [step * ten for ten in tens for step in steps if low <= step * ten <= high]
+        if len(ticks) <= 8:
+            break
+    return ticks
 
 
 def _smoothed(values: Sequence[float], over: int) -> list[float]:
