@@ -70,11 +70,11 @@ async def step_cost(path: Path, rows: int, options: dict[str, Any]) -> tuple[flo
         before = (0.0, 0.0, 0)
         for _ in range(2):
             await anyio.sleep(0.005)  # the last step's own books are closed
-            before = (scheduler.work_s, scheduler.decode_s, scheduler.steps)
+            before = (scheduler.work_s, scheduler.compute_s, scheduler.steps)
             await side_by_side(engine, [(PROMPT, (i,)) for i in range(rows)], 60)
         await anyio.sleep(0.005)
         steps = scheduler.steps - before[2]
-        return (scheduler.work_s - before[0]) / steps * 1e6, (scheduler.decode_s - before[1]) / steps * 1e6
+        return (scheduler.work_s - before[0]) / steps * 1e6, (scheduler.compute_s - before[1]) / steps * 1e6
 
 
 @contextmanager

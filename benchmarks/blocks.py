@@ -22,10 +22,12 @@ COLUMNS = (
     ("threads", "threads"),
     ("fork_ms", "fork ms"),
     ("fork_own_ms", "of it not in the model"),
+    ("fork_engine_ms", "in the engine's thread"),
     ("tokens_per_s", "tokens/s"),
     ("tokens_per_s_of_one", "of one thread"),
     ("join_ms", "join ms"),
     ("join_own_ms", "of it not in the model"),
+    ("join_engine_ms", "in the engine's thread"),
     ("prefilled_again", "computed again"),
     ("block_ms", "block ms"),
     ("line_ms", "one line ms"),
@@ -94,19 +96,20 @@ async def block(
         that the join computed although they were computed before; `block_ms` from the start of the threads to the
         parent's next token; `line_ms` of the line, and their ratio `speedup_wall`. Of an engine that tells its
         `compute_s`, also `fork_own_ms` and `join_own_ms`: from the calls to all their first tokens, less the time
-        inside the model, so what it costs to share a prefix and to take threads back, and all else that is no model.
+        inside the model, so what it costs to share a prefix and to take threads back, and all else that is no model;
+        and of these `fork_engine_ms` and `join_engine_ms`, the work of the engine's own thread: finding, sharing,
+        putting a batch together, sampling. The rest is a task for each thread in the event loop, and the ways between.
     """
     await call(engine, (prefix,), 1)
     start = perf_counter()
     await call(engine, (prefix, headers(1, 0)[0]), 1)
-    one, computed = perf_counter(), [engine.stats().compute_s]
+    one, stats = perf_counter(), [engine.stats()]
     await side_by_side(engine, [(prefix, header) for header in headers(threads, 1)], 1)
     forked = perf_counter()
-    computed.append(engine.stats().compute_s)
+    stats.append(engine.stats())
     sampled = await side_by_side(engine, [(prefix, header) for header in headers(threads, 2)], tokens)
     done = perf_counter()
-    before = engine.stats().prefill_tokens
-    computed.append(engine.stats().compute_s)
+    stats.append(engine.stats())
     branches = [(*header, *ids) for header, ids in zip(headers(threads, 2), sampled, strict=True)]
     if join == "merge":
         context: Context = (prefix, Merge(tuple((branch,) for branch in branches)), SEPARATOR)
@@ -114,9 +117,9 @@ async def block(
         context = (prefix, *branches, SEPARATOR)
     await call(engine, context, 1)
     joined = perf_counter()
-    computed.append(engine.stats().compute_s)
+    stats.append(engine.stats())
     # The last token of a thread is sampled but was never computed: computing it now is not again.
-    again = engine.stats().prefill_tokens - before - len(SEPARATOR) - threads
+    again = stats[3].prefill_tokens - stats[2].prefill_tokens - len(SEPARATOR) - threads
     measured = {
         "fork_ms": ((forked - one) - (one - start)) * 1e3,
         "tokens_per_s": threads * tokens / (done - forked),
@@ -125,9 +128,12 @@ async def block(
         "prefilled_again": max(0, again),
         "block_ms": (joined - forked) * 1e3,
     }
-    if computed[-1]:
-        measured["fork_own_ms"] = (forked - one - computed[1] + computed[0]) * 1e3
-        measured["join_own_ms"] = (joined - done - computed[3] + computed[2]) * 1e3
+    for name, seconds, before, after in (("fork", forked - one, *stats[:2]), ("join", joined - done, *stats[2:])):
+        computed = after.compute_s - before.compute_s
+        if after.compute_s:
+            measured[f"{name}_own_ms"] = (seconds - computed) * 1e3
+        if after.work_s:
+            measured[f"{name}_engine_ms"] = (after.work_s - before.work_s - computed) * 1e3
     if line:
         alone = perf_counter()
         await call(engine, (prefix, headers(1, 3)[0]), threads * tokens + 1)

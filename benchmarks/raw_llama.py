@@ -92,6 +92,8 @@ class RawLlama:
             "fork_own_ms": (forked - one - computed[1] + computed[0]) * 1e3,
             "join_own_ms": (joined - sampled - computed[3] + computed[2]) * 1e3,
         }
+        # There is no event loop here: all of it is the engine's thread.
+        measured |= {f"{name}_engine_ms": measured[f"{name}_own_ms"] for name in ("fork", "join")}
         if line:
             decoder.clear()
             self._fill(0, prefix, 0)

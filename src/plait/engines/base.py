@@ -37,6 +37,8 @@ class EngineStats:
     """Those of them that the model would have sampled."""
     compute_s: float = 0.0
     """Seconds inside forward passes; 0 where that cannot be seen."""
+    work_s: float = 0.0
+    """Seconds of all work on calls, forward passes included: what is more is finding, sharing, sampling."""
 
 
 class Engine(Protocol):

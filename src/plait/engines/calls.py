@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from plait.engines.sampling import uniforms
 from plait.errors import EngineError
@@ -87,5 +87,4 @@ class Call:
         return self, self.ids[sent:], self.logprobs[sent:], stop, None
 
 
-Message: TypeAlias = tuple[Literal["submit", "cancel", "forget", "close"], Any]
 Delivery: TypeAlias = "tuple[Call, list[int], list[float], StopReason | None, EngineError | None]"

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -19,35 +19,9 @@ import numpy as np
 from plait.engines.affinity import stated_affinity
 from plait.engines.base import EngineStats
 from plait.engines.calls import Call, Delivery, Part, normalise
-from plait.engines.worker import Job
+from plait.engines.scheduler import Scheduler
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError
 from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_cells, context_positions
-
-
-class Scheduler(Job, Protocol):
-    """What the face needs of an engine's scheduler."""
-
-    prefill_tokens: int
-    reused_tokens: int
-    decode_tokens: int
-    steps: int
-    preemptions: int
-    drafted_tokens: int
-    accepted_tokens: int
-    decode_s: float
-    """Seconds inside the forward passes of all steps."""
-
-    @property
-    def evictions(self) -> int: ...
-    @property
-    def active(self) -> int: ...
-    @property
-    def queued(self) -> int: ...
-    @property
-    def cached_tokens(self) -> int: ...
-    def put(self, message: Any) -> None:
-        """Tell it something, from any thread: a call to submit or cancel, or to close."""
-        ...
 
 
 class Mailbox:
@@ -74,7 +48,7 @@ class InProcessEngine:
     def __init__(self, *, cells: int) -> None:
         self._cells = cells
         self._numbers = count()
-        self._scheduler: Scheduler | None = None
+        self._scheduler: Scheduler[Any] | None = None
         self._stopped = anyio.Event()
         self._closed = False
 
@@ -129,7 +103,8 @@ class InProcessEngine:
             evictions=s.evictions,
             drafted_tokens=s.drafted_tokens,
             accepted_tokens=s.accepted_tokens,
-            compute_s=s.decode_s,
+            compute_s=s.compute_s,
+            work_s=s.work_s,
         )
 
     async def forget(self) -> None:

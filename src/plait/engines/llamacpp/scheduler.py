@@ -1,33 +1,28 @@
 """Continuous batching: every live call of every session in one decode a step. Runs in the worker's thread, by turns.
 
-A step is a *burst* as long as only sampling goes on: rows stay where they are, positions count up, and no Python object
-is made for a token. When calls arrive or end, one *mixed* step carries the sampling rows, the tokens of new contexts,
-and the last tokens of finished calls, which were sampled but not computed yet. Such a token is computed once, in a row
-that belongs to the finished sequence and to all that fork from it in the same step; so neither a fork nor a merge of
-threads that just ended costs a step of its own.
-
-Talks to the event loop by an inbox of messages and a `post` function; knows nothing of either side's library.
+Slot i is row i of every batch. A step is a *burst* as long as only sampling goes on: rows stay where they are,
+positions count up, and no Python object is made for a token. When calls arrive or end, one *mixed* step carries the
+sampling rows, the tokens of new contexts, and the last tokens of finished calls, which were sampled but not computed
+yet. Such a token is computed once, in a row that belongs to the finished sequence and to all that fork from it in the
+same step; so neither a fork nor a merge of threads that just ended costs a step of its own.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from queue import SimpleQueue
-from threading import Event
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from plait.engines import calls
-from plait.engines.calls import Delivery, Message, Part
+from plait.engines import calls, scheduler
+from plait.engines.calls import Part
 from plait.engines.llamacpp.binding import Decoder
 from plait.engines.llamacpp.cache import Cache, Node, Seq
 from plait.engines.llamacpp.lookup import Lookup
 from plait.engines.llamacpp.pace import Pace
 from plait.engines.sampling import Floats, Sampler
-from plait.errors import EngineError, EngineUnavailable
+from plait.errors import EngineError
 from plait.types import Merge, SamplingParams, StopReason, context_cells
 
 _HISTORY = 256
@@ -81,19 +76,18 @@ class Fill:
         return context_cells(tuple(self.parts))
 
 
-class Scheduler:
+class Scheduler(scheduler.Scheduler[Call]):
     """The calls of one decoder.
 
     Args:
         pace: Threads of a step of several rows.
-        wake: Set when any scheduler of the thread gets a message: a burst then ends.
-        post: Called with what calls sampled, from the worker's thread; must not block.
-        close: Called there when told to close, after the last delivery.
         prefill_rows: Tokens of new contexts that one step computes while other calls sample; so a long prompt delays
             each of their tokens by no more than this.
-        flush_s: Calls that go on sampling are heard of this often.
         speculate: Tokens guessed ahead of a greedy call in a step that only samples; 0 guesses none.
+        rest: As of the base class.
     """
+
+    name = "llama.cpp"
 
     def __init__(
         self,
@@ -102,25 +96,16 @@ class Scheduler:
         sampler: Sampler,
         pace: Pace,
         *,
-        wake: Event,
-        post: Callable[[list[Delivery]], object],
-        close: Callable[[], object],
         prefill_rows: int,
-        flush_s: float,
         speculate: int,
+        **rest: Any,
     ) -> None:
-        self._speculate = speculate
+        super().__init__(**rest)
         self._decoder, self._cache, self._sampler, self._pace = decoder, cache, sampler, pace
-        self._wake, self._post, self._close = wake, post, close
-        self._prefill_rows, self._flush_s = prefill_rows, flush_s
+        self._prefill_rows, self._speculate = prefill_rows, speculate
         decoder.set_threads(1, pace.one)
         decoder.set_threads(2, pace.several[0])
-        self._inbox: SimpleQueue[Message] = SimpleQueue()
-        self._bug: EngineError | None = None
-        self.queue: deque[Call] = deque()
         self.fills: list[Fill] = []
-        self.slots: list[Call] = []
-        """Calls that sample; slot i is row i of every batch."""
         self._tails: list[Seq] = []
         """Sequences that ended while others go on: their last token is computed beside the others' next."""
         self._merges_seen = False
@@ -130,11 +115,6 @@ class Scheduler:
         self._steps = 0
         """Steps since slots last changed, whose tokens are only in the history yet."""
         self._rows = self._left = 0
-        self._flush_at = 0.0
-        self.prefill_tokens = self.reused_tokens = self.decode_tokens = self.steps = self.preemptions = 0
-        self.drafted_tokens = self.accepted_tokens = 0
-        self.decode_s = self.work_s = 0.0
-        """Seconds inside llama.cpp, and in all steps."""
 
     @property
     def active(self) -> int:
@@ -142,76 +122,29 @@ class Scheduler:
 
     @property
     def cached_tokens(self) -> int:
-        """Cells in use."""
         return self._cache.used + self._tail_cells()
 
     @property
     def evictions(self) -> int:
-        """Finished sequences that were given up for room."""
         return self._cache.evictions
-
-    @property
-    def queued(self) -> int:
-        """Calls that wait to be let in."""
-        return len(self.queue) + self._inbox.qsize()
-
-    def put(self, message: Message) -> None:
-        """Tell the thread something, from any other."""
-        self._inbox.put(message)
-        self._wake.set()
 
     # The thread
 
-    def ready(self) -> bool:
-        """Whether there is something to do."""
-        return bool(self.slots or self.fills or self.queue) or not self._inbox.empty()
+    def _told(self, kind: str, what: Any) -> None:
+        if kind == "forget":
+            self._cache.forget()
+            what()
+        elif what.seq is not None:
+            self._evict(what)
 
-    def turn(self) -> bool:
-        """Take in messages and work for some milliseconds. False once closed."""
-        try:
-            if not self._receive():
-                self._fail(EngineUnavailable("the llama.cpp engine was closed while a call was running"))
-                self._close()
-                return False
-            if self._bug is not None:
-                self._fail(self._bug)
-                return True
-            start = perf_counter()
-            if self.queue or self.fills or (self._tails and self.slots):
-                self._mixed()
-            if self.slots and not (self.fills or self._tails):
-                if self._speculate:
-                    self._guessing_burst()
-                else:
-                    self._burst()
-            self.work_s += perf_counter() - start
-        except Exception as exc:
-            # Nobody knows what state it is in: every call is answered with the error until it is told to close.
-            self._bug = EngineError(f"the llama.cpp engine failed, please report: {type(exc).__name__}: {exc}")
-            self._bug.__cause__ = exc
-            self._fail(self._bug)
-        return True
-
-    def _receive(self) -> bool:
-        """Take in messages. False when it is time to close."""
-        while not self._inbox.empty():
-            kind, what = self._inbox.get()
-            if kind == "close":
-                return False
-            if kind == "submit":
-                self.queue.append(what)
-            elif kind == "cancel":
-                self._cancel(what)
+    def _work(self) -> None:
+        if self.queue or self.fills or (self._tails and self.slots):
+            self._mixed()
+        if self.slots and not (self.fills or self._tails):
+            if self._speculate:
+                self._guessing_burst()
             else:
-                self._cache.forget()
-                what()
-        return True
-
-    def _cancel(self, call: Call) -> None:
-        if call in self.queue:
-            self.queue.remove(call)
-        elif call.seq is not None:
-            self._evict(call)
+                self._burst()
 
     def _evict(self, call: Call) -> None:
         """Take a live call's sequences away."""
@@ -264,7 +197,7 @@ class Scheduler:
             self._steps += 1
             if ended or now >= until or pressed():
                 break
-        self.decode_s += spent
+        self.compute_s += spent
         self._pace.record(slots, threads, spent / self._steps)
         self._settle()
 
@@ -287,7 +220,7 @@ class Scheduler:
             code = decoder.decode(rows)
             logits = decoder.logits(rows)
             now = perf_counter()
-            self.decode_s += now - start
+            self.compute_s += now - start
             if code:
                 return self._broken(code)
             self._pace.record(rows, threads, now - start)
@@ -368,10 +301,10 @@ class Scheduler:
         self._cache.trim()  # not earlier: what a new call shares or merges is live now
         if self.slots:
             logits = self._decoder.logits(len(self.slots))
-            self.decode_s += perf_counter() - start
+            self.compute_s += perf_counter() - start
             self._first(logits)
         else:
-            self.decode_s += perf_counter() - start
+            self.compute_s += perf_counter() - start
             self.steps += self._rows > 0
 
     def _compose(self, slots: int) -> list[tuple[Fill, tuple[int, ...]]]:
@@ -409,22 +342,16 @@ class Scheduler:
         for call, ids, logprobs in columns:
             call.ids += ids
             call.logprobs += logprobs
-        ended = [(call, stop) for call in self.slots if (stop := call.stop()) is not None]
-        deliveries = [call.delivery(stop) for call, stop in ended]
-        for call, stop in ended:
-            self._end(call, stop)
-        if ended:
-            self._arrange()
-            if not self.slots:
-                self._tails.clear()  # a step for them alone would cost more than it saves
-        now = perf_counter()
-        if now >= self._flush_at:
-            self._flush_at = now + self._flush_s
-            deliveries += [call.delivery() for call in self.slots if len(call.ids) > call.sent]
-        if deliveries:
-            self._post(deliveries)
+        self._deliver()
 
-    def _end(self, call: Call, stop: StopReason) -> None:
+    def _end(self, ended: Sequence[tuple[Call, StopReason]]) -> None:
+        for call, stop in ended:
+            self._keep(call, stop)
+        self._arrange()
+        if not self.slots:
+            self._tails.clear()  # a step for them alone would cost more than it saves
+
+    def _keep(self, call: Call, stop: StopReason) -> None:
         """Keep the sequence of a call that ended: all but its last token is computed."""
         seq = call.seq
         assert seq is not None
@@ -458,18 +385,16 @@ class Scheduler:
         why = self._decoder.last_error()
         self._fail(EngineError(f"llama_decode of the llama.cpp engine returned {code}{why}"))
 
-    def _fail(self, error: EngineError) -> None:
-        live = [f.call for f in self.fills if f.call is not None] + self.slots + list(self.queue)
+    def _drop(self) -> list[Call]:
+        live = [f.call for f in self.fills if f.call is not None] + self.slots
         self.fills, self.slots, self._tails, self._steps = [], [], [], 0
-        self.queue.clear()
         self._cache.land()
         for seq in list(self._cache.seqs):
             self._cache.drop(seq)
         self._decoder.clear()
         for call in live:
             call.seq = None
-        if live:
-            self._post([(call, [], [], None, error) for call in live])
+        return live
 
     # Room
 
@@ -489,8 +414,7 @@ class Scheduler:
             return
         call = self.slots[0]  # alone, and the whole cache is its own
         self._post([call.delivery(StopReason.LENGTH)])
-        self._end(call, StopReason.LENGTH)
-        self._arrange()
+        self._end([(call, StopReason.LENGTH)])
 
     def _plan_room(self, slots: int) -> bool:
         """Find room for the sampling rows and a share of what is to be computed. False if calls had to leave."""

@@ -127,6 +127,8 @@ class TorchEngine(InProcessEngine):
         post = poster()
 
         def close() -> None:
+            if isinstance(self._scheduler, Scheduler):
+                self._scheduler.free()
             post(self._stopped.set)
 
         try:

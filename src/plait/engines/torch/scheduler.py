@@ -4,18 +4,13 @@ A step carries one row for each call that samples and a share of the tokens that
 asked anew in each step: a context that was half computed, pushed out or forgotten is found as far as it is there, and
 the rest is computed. The oldest call always gets its cells, at the price of younger ones, which wait and go on later
 where they were; so every call ends, and none gets another token for having waited.
-
-Talks to the event loop by an inbox of messages and a `post` function; knows nothing of either side's library.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
-from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -23,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from plait.engines import calls
-from plait.engines.calls import Delivery, Part
+from plait.engines import calls, scheduler
+from plait.engines.calls import Part
 from plait.engines.sampling import Sampler
 from plait.engines.torch.batch import Piece, assemble, assemble_padded
 from plait.engines.torch.blocks import Cells, Node, Pool
 from plait.engines.torch.model import Decoder
-from plait.errors import EngineError, EngineUnavailable
-from plait.types import Context, Merge, SamplingParams, context_cells
+from plait.errors import EngineError
+from plait.types import Context, Merge, SamplingParams, StopReason, context_cells
 
 _TURN_S = 0.005
 _MOST_ROWS = 1024
@@ -161,20 +156,19 @@ class _Walk:
         return tip if end - start == len(ids) else None
 
 
-class Scheduler:
+class Scheduler(scheduler.Scheduler[Call]):
     """The calls of one decoder.
 
     Args:
-        wake: Set when any scheduler of the thread gets a message: a turn then ends.
-        post: Called with what calls sampled, from the worker's thread; must not block.
-        close: Called there when told to close, after the last delivery.
         max_seqs: Calls that are live at once.
         prefill_rows: Given tokens that one step computes while other calls sample, so that a long prompt delays each
             of their tokens by no more than this.
-        flush_s: Calls that go on sampling are heard of this often.
         threads: CPU threads of torch; None leaves them as they are.
         padded: Whether steps that only sample are padded to few sizes, for a decoder that is compiled.
+        rest: As of the base class.
     """
+
+    name = "torch"
 
     def __init__(
         self,
@@ -182,37 +176,25 @@ class Scheduler:
         pool: Pool,
         sampler: Sampler,
         *,
-        wake: Event,
-        post: Callable[[list[Delivery]], object],
-        close: Callable[[], object],
         max_seqs: int,
         prefill_rows: int,
-        flush_s: float,
         threads: int | None,
         padded: bool = False,
+        **rest: Any,
     ) -> None:
+        super().__init__(**rest)
         self._padded = padded
         self._decoder, self.pool, self._sampler = decoder, pool, sampler
-        self._wake, self._post, self._close = wake, post, close
-        self._max_seqs, self._prefill_rows, self._flush_s, self._threads = max_seqs, prefill_rows, flush_s, threads
+        self._max_seqs, self._prefill_rows, self._threads = max_seqs, prefill_rows, threads
         self._cache = decoder.new_cache(pool.num_blocks * pool.block_size)
-        self._inbox: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        self._bug: EngineError | None = None
-        self.queue: deque[Call] = deque()
         self.live: list[Call] = []
-        """Oldest first."""
-        self.slots: list[Call] = []
-        """Calls that sample."""
+        """Calls that were let in, oldest first."""
         self._placed: list[Call] = []
         """Whose sampling parameters the sampler's slots hold."""
         self._ids = np.zeros(max_seqs, np.int32)
         self._logprobs = np.zeros(max_seqs, np.float32)
-        self._flush_at = 0.0
         self._full = False
         """Whether the first in the queue did not fit; looked at again when something changes."""
-        self.prefill_tokens = self.reused_tokens = self.decode_tokens = self.steps = self.preemptions = 0
-        self.drafted_tokens = self.accepted_tokens = 0
-        self.decode_s = 0.0
 
     @property
     def active(self) -> int:
@@ -223,70 +205,34 @@ class Scheduler:
         return self.pool.evictions
 
     @property
-    def queued(self) -> int:
-        return len(self.queue) + self._inbox.qsize()
-
-    @property
     def cached_tokens(self) -> int:
         return self.pool.used
 
-    def put(self, message: tuple[str, Any]) -> None:
-        """Tell the thread something, from any other."""
-        self._inbox.put(message)
-        self._wake.set()
+    def free(self) -> None:
+        """Give the memory of the KV cache back."""
+        self._cache = []
 
     # The thread
 
-    def ready(self) -> bool:
-        """Whether there is something to do."""
-        return bool(self.live or self.queue) or not self._inbox.empty()
+    def _told(self, kind: str, what: Any) -> None:
+        if kind == "load":
+            self._load(what)
+        elif kind == "forget":
+            self.pool.forget()
+            what()
+        elif what in self.live:
+            self._leave(what)
 
-    def turn(self) -> bool:
-        """Take in messages and work for some milliseconds. False once closed."""
+    def _work(self) -> None:
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        try:
-            with torch.inference_mode():
-                until = perf_counter() + _TURN_S
-                while True:
-                    if not self._receive():
-                        self._fail(EngineUnavailable("the torch engine was closed while a call was running"))
-                        self._cache = []
-                        self._close()
-                        return False
-                    if self._bug is not None:
-                        self._fail(self._bug)
-                        return True
-                    if self.queue or self.live:
-                        self._step()
-                    if not self.live or self._wake.is_set() or perf_counter() > until:
-                        return True
-        except Exception as exc:
-            # Nobody knows what state it is in: every call is answered with the error until it is told to close.
-            self._bug = EngineError(f"the torch engine failed, please report: {type(exc).__name__}: {exc}")
-            self._bug.__cause__ = exc
-            self._fail(self._bug)
-        return True
-
-    def _receive(self) -> bool:
-        """Take in messages. False when it is time to close."""
-        while not self._inbox.empty():
-            kind, what = self._inbox.get()
-            if kind == "close":
-                return False
-            if kind == "load":
-                self._load(what)
-            elif kind == "forget":
-                self.pool.forget()
-                what()
-            elif kind == "submit":
-                self.queue.append(what)
-            elif what in self.queue:
-                self.queue.remove(what)
-            elif what in self.live:
-                self._leave(what)
-            self._full = False
-        return True
+        self._full = False
+        until = perf_counter() + _TURN_S
+        with torch.inference_mode():
+            while self.queue or self.live:
+                self._step()
+                if self._wake.is_set() or perf_counter() > until:
+                    return
 
     def _load(self, new: NewWeights) -> None:
         """Put weights in place. What was computed with the old ones is forgotten; calls go on from their contexts."""
@@ -294,28 +240,18 @@ class Scheduler:
             while self.live:
                 self._push_out(self.live[-1])
             self.pool.clear()
-            self._decoder.load(new.weights)
+            try:
+                with torch.inference_mode():
+                    self._decoder.load(new.weights)
+            except Exception as exc:
+                new.done(EngineError(f"the weights could not be put in place: {exc}"))
+                raise
         new.done(self._bug)
 
-    def _fail(self, error: EngineError) -> None:
-        """Every call ends with an error, and nothing stays cached."""
-        failed = [*self.live, *self.queue]
-        self.live, self.slots = [], []
-        self.queue.clear()
+    def _drop(self) -> list[Call]:
+        live, self.live, self.slots = self.live, [], []
         self.pool.clear()
-        while not self._inbox.empty():
-            kind, what = self._inbox.get()
-            if kind == "load":
-                what.done(error)
-            elif kind == "forget":
-                what()
-            elif kind == "submit":
-                failed.append(what)
-            elif kind == "close":
-                self._inbox.put((kind, what))
-                break
-        if failed:
-            self._post([(call, [], [], None, error) for call in failed])
+        return live
 
     # Calls
 
@@ -398,7 +334,7 @@ class Scheduler:
             # Such as no memory. Nobody knows what the cells hold, so every call fails and the cache starts anew.
             self._fail(EngineError(f"a forward pass of the torch engine failed: {exc}"))
             return
-        self.decode_s += perf_counter() - start
+        self.compute_s += perf_counter() - start
         self.steps += 1
         if self.slots:
             self._sample(logits)
@@ -453,16 +389,11 @@ class Scheduler:
         for call, id, logprob in zip(self.slots, ids_S.tolist(), logprobs_S.tolist(), strict=True):
             call.ids.append(id)
             call.logprobs.append(logprob)
-        ended = [(call, stop) for call in self.slots if (stop := call.stop()) is not None]
+        self._deliver()
+
+    def _end(self, ended: Sequence[tuple[Call, StopReason]]) -> None:
         for call, _ in ended:
             self._leave(call)
-        deliveries = [call.delivery(stop) for call, stop in ended]
-        now = perf_counter()
-        if now >= self._flush_at:
-            self._flush_at = now + self._flush_s
-            deliveries += [call.delivery() for call in self.slots if len(call.ids) > call.sent]
-        if deliveries:
-            self._post(deliveries)
 
 
 class _Step:
