@@ -14,7 +14,7 @@ SRC = Path(__file__).parent.parent / "src" / "plait"
 
 LAYERS = (
     ("errors",),
-    ("types",),
+    ("types", "settings"),
     ("events",),
     ("tree",),
     ("tokenizer",),

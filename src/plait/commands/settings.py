@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from typing import Any
 
 from plait import tasks
 from plait.errors import RequestError
+from plait.settings import assignment
 
 
 def overrides(settings: Sequence[str]) -> dict[str, Any]:
@@ -21,13 +21,10 @@ def overrides(settings: Sequence[str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals or not name.strip():
+        assigned = assignment(setting)
+        if assigned is None:
             raise RequestError(f"{setting!r} is not of the form section.key=value")
-        try:
-            values[name.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[name.strip()] = text.strip()
+        values.update([assigned])
     return values
 
 

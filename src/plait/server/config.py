@@ -8,15 +8,13 @@ from __future__ import annotations
 import ipaddress
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
-from plait.errors import RequestError, nearest
+from plait.errors import RequestError
 from plait.server.keys import Keyring, read_entries
+from plait.settings import assignment, fitted, kind_of, one_of, read_toml
 from plait.types import Budget
 
 PREFIX = "PLAIT_"
@@ -98,8 +96,7 @@ class ServeConfig:
         if not 0 <= self.port <= 65535:
             raise RequestError(f"port is {self.port}; it must be from 0 to 65535")
         for name, allowed in (("log", LOGS), ("reasoning", REASONING)):
-            if getattr(self, name) not in allowed:
-                raise nearest(getattr(self, name), list(allowed), name)
+            one_of(getattr(self, name), allowed, name)
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise RequestError(f"otlp_endpoint is {self.otlp_endpoint!r}; it must begin with http:// or https://")
         self.options()
@@ -126,13 +123,10 @@ class ServeConfig:
         """
         values: dict[str, Any] = {}
         for option in self.engine_options:
-            name, equals, text = option.partition("=")
-            if not equals or not name.strip().isidentifier():
+            assigned = assignment(option)
+            if assigned is None or not assigned[0].isidentifier():
                 raise RequestError(f"engine_options has {option!r}; each must be of the form NAME=VALUE")
-            try:
-                values[name.strip()] = tomllib.loads(f"value = {text}")["value"]
-            except tomllib.TOMLDecodeError:
-                values[name.strip()] = text.strip()
+            values.update([assigned])
         return values
 
     @property
@@ -189,36 +183,14 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str], path: str | No
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        data = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise RequestError(f"cannot read the config {path}: {exc}") from exc
+    data = read_toml(path)
     for name in data:
-        if name not in NAMES:
-            raise nearest(name, list(NAMES), f"setting in {path}")
-    return {name: _checked(name, value, path) for name, value in data.items()}
-
-
-def _kind(name: str) -> type[Any]:
-    hint = _HINTS[name]
-    (kind,) = [arg for arg in get_args(hint) if arg is not NoneType and arg is not ...] or [hint]
-    return tuple if str(hint).startswith("tuple") else kind
-
-
-def _checked(name: str, value: Any, where: str) -> Any:
-    kind = _kind(name)
-    if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        wanted = "a list of strings" if kind is tuple else f"of type {kind.__name__}"
-        raise RequestError(f"{name} in {where} is {value!r}; it must be {wanted}")
-    return value
+        one_of(name, NAMES, f"setting in {path}")
+    return {name: fitted(_HINTS[name], value, name=name, where=path) for name, value in data.items()}
 
 
 def _parse(name: str, text: str, where: str) -> Any:
-    kind = _kind(name)
+    kind = kind_of(_HINTS[name])
     if kind is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if kind is bool:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import json
-import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeAlias, get_args
 
 from plait import tasks
-from plait.errors import RequestError, nearest
-from plait.tasks.vocabulary import TOKENIZERS
+from plait.errors import RequestError
+from plait.settings import build, one_of, read_toml
+from plait.tasks.vocabulary import TOKENIZER, TOKENIZERS
 from plait.train.data import BudgetConfig
 from plait.train.metrics import SINKS
 from plait.train.model import ModelConfig
 from plait.train.pretrained.config import BaseConfig
 
-T = TypeVar("T")
+Precision: TypeAlias = Literal["auto", "bf16", "fp32"]
+NumberType: TypeAlias = Literal["F32", "F16", "Q8_0"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
+class SourceConfig:
+    """Where problems come from, for either kind of training."""
+
     format: str
-    """Name of the trajectory format."""
-    traces: Literal["parallel", "serial", "either"] = "parallel"
-    """`serial`: never forks, the twin's data; `either`: sometimes this, sometimes that."""
+    """Name of the trajectory format; where a run goes on from a checkpoint, the one that was trained in."""
     mixture: dict[str, float] = field(default_factory=dict[str, float])
     """How often each family is drawn, in any unit."""
     path: str = ""
@@ -36,6 +37,17 @@ class DataConfig:
     """What the problems of a family are drawn from, where it is not what the embedded models know."""
     vocabulary: str = "compact"
     """Of the embedded models: `compact`; `wide` has letters for numbers of up to 24 digits. A base has its own."""
+
+    def __post_init__(self) -> None:
+        one_of(self.vocabulary, TOKENIZERS, "vocabulary")
+        for name, knobs in self.knobs.items():
+            tasks.family(name, knobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig(SourceConfig):
+    traces: Literal["parallel", "serial", "either"] = "parallel"
+    """`serial`: never forks, the twin's data; `either`: sometimes this, sometimes that."""
     buckets: tuple[tuple[int, int], ...] = ((42, 192), (16, 512))
     """Shapes of batches as [rows, length]; about as many slots each."""
     spans: int | None = None
@@ -44,12 +56,8 @@ class DataConfig:
     """Prompts say a budget, and traces keep it; None: they do not."""
 
     def __post_init__(self) -> None:
-        if self.vocabulary not in TOKENIZERS:
-            raise nearest(self.vocabulary, list(TOKENIZERS), "vocabulary")
-        if not self.buckets:
-            raise RequestError("packing needs at least one bucket of rows")
-        for name, knobs in self.knobs.items():
-            tasks.family(name, knobs)
+        SourceConfig.__post_init__(self)
+        check_buckets(self.buckets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +74,7 @@ class OptimiserConfig:
     """Largest norm of a gradient."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("muon", "adamw"):
-            raise nearest(self.name, ["muon", "adamw"], "optimiser")
+        one_of(self.name, ("muon", "adamw"), "optimiser")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,77 +120,78 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SFTConfig:
-    """Everything that a run depends on."""
+class RunConfig:
+    """What runs of either kind depend on."""
 
-    data: DataConfig
+    data: SourceConfig
     schedule: ScheduleConfig
     model: ModelConfig | None = None
-    """Sizes of one of Plait's own models, which this or `base` names."""
+    """Sizes of one of Plait's own models."""
     base: BaseConfig | None = None
-    """A model of transformers."""
+    """A model of transformers, in its place."""
     optimiser: OptimiserConfig = OptimiserConfig()
     eval: EvalConfig = EvalConfig()
     seed: int = 0
     init: str = ""
     """Checkpoint whose weights the run starts from; empty: random ones."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Autocast; auto: bf16 where the machine multiplies it."""
-    weights: Literal["F32", "F16", "Q8_0"] = "Q8_0"
+    weights: NumberType = "Q8_0"
     """Number type of the exported `model.gguf`; eight bits lose nothing at these sizes and are the fastest to run."""
     compile: bool = True
     """False, or no C++ compiler: the same, slower."""
     threads: int = 1
     """Of the CPU; 0: as many as torch takes."""
     checkpoint_every_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        one_of(self.precision, get_args(Precision), "precision")
+        one_of(self.weights, get_args(NumberType), "number type of weights")
+        data = self.data
+        if self.base is not None and (self.model is not None or self.init):
+            raise RequestError("a [base] is where a run starts: leave out [model] and init")
+        if self.base is None and data.path:
+            raise RequestError("data.path is text, for a model of transformers: name it in [base], or give a mixture")
+        if data.path and data.mixture:
+            raise RequestError("[data] has either a path to records or a mixture of tasks")
+        if not data.path and not data.mixture:
+            raise RequestError("the mixture is {}; it needs a family with a weight above 0")
+        if not 0 <= data.held_out < 1:
+            raise RequestError(f"held_out is {data.held_out}; it must be at least 0 and below 1")
+        if data.path and self.eval.times and not data.held_out:
+            raise RequestError(
+                f"eval.times is {self.eval.times}, and no line is kept for it: set data.held_out, or eval.times to 0"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTConfig(RunConfig):
+    """Everything that a run depends on."""
+
+    data: DataConfig
     sinks: tuple[str, ...] = ()
     """Dashboards beside metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
-        check_model(self.model, self.base, data=self.data, init=self.init, times=self.eval.times)
+        RunConfig.__post_init__(self)
+        check_sinks(self.sinks)
         if self.model is None and self.base is None:
             raise RequestError("a run needs a [model], sizes of one of Plait's own, or a [base] of transformers")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise nearest(self.precision, ["auto", "bf16", "fp32"], "precision")
-        if self.weights not in ("F32", "F16", "Q8_0"):
-            raise nearest(self.weights, ["F32", "F16", "Q8_0"], "number type of weights")
-        for name in self.sinks:
-            if name not in SINKS:
-                raise nearest(name, list(SINKS), "dashboard")
         longest = max(length for _, length in self.data.buckets)
         if self.model is not None and longest > self.model.max_positions:
             raise RequestError(f"rows of {longest} tokens are longer than max_positions, {self.model.max_positions}")
 
 
-class Data(Protocol):
-    """What either kind of training says of its data."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def mixture(self) -> Mapping[str, float]: ...
-    @property
-    def held_out(self) -> float: ...
+def check_sinks(names: Sequence[str]) -> None:
+    """Refuse dashboards that are not known."""
+    for name in names:
+        one_of(name, SINKS, "dashboard")
 
 
-def check_model(model: ModelConfig | None, base: BaseConfig | None, *, data: Data, init: str, times: int) -> None:
-    """Refuse a config that names two models, or data that its model cannot read.
-
-    Raises:
-        RequestError: It does.
-    """
-    if base is not None and (model is not None or init):
-        raise RequestError("a [base] is where a run starts: leave out [model] and init")
-    if base is None and data.path:
-        raise RequestError("data.path is text, for a model of transformers: name it in [base], or give a mixture")
-    if data.path and data.mixture:
-        raise RequestError("[data] has either a path to records or a mixture of tasks")
-    if not data.path and not data.mixture:
-        raise RequestError("the mixture is {}; it needs a family with a weight above 0")
-    if not 0 <= data.held_out < 1:
-        raise RequestError(f"held_out is {data.held_out}; it must be at least 0 and below 1")
-    if data.path and times and not data.held_out:
-        raise RequestError(f"eval.times is {times}, and no line is kept for it: set data.held_out, or eval.times to 0")
+def check_buckets(buckets: Sequence[tuple[int, int]]) -> None:
+    """Refuse to pack into nothing."""
+    if not buckets:
+        raise RequestError("packing needs at least one bucket of rows")
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SFTConfig:
@@ -199,53 +207,13 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return config_from(read_toml(path, overrides))
 
 
-def read_toml(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The values of a TOML file, with overrides by dotted name.
-
-    Raises:
-        RequestError: The file is missing or not TOML, or an override goes through a value.
-    """
-    try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise RequestError(f"cannot read the config {path}: {exc}") from exc
-    for name, value in (overrides or {}).items():
-        at = data
-        *tables, last = name.split(".")
-        for table in tables:
-            at = at.setdefault(table, {})
-            if not isinstance(at, dict):
-                raise RequestError(f"cannot set {name}: {table} is a value, not a section")
-        at[last] = value
-    return data
-
-
 def config_from(data: Mapping[str, Any]) -> SFTConfig:
     """A config from plain values, as TOML and checkpoints hold them.
 
     Raises:
         RequestError: A name or value is not one of `SFTConfig`'s.
     """
-    parts = dict(data)
-    if parts.get("base") is not None:
-        parts = with_base(parts, _BASE)
-    for name, cls in _SECTIONS.items():
-        if parts.get(name) is None and name in ("model", "base"):
-            parts.pop(name, None)
-            continue
-        section = dict(parts.get(name, {}))
-        if name == "model":
-            words = TOKENIZERS.get(parts.get("data", {}).get("vocabulary", "compact"))
-            section.setdefault("vocab_size", len(words.tokens) if words else 0)
-        if name == "data" and "buckets" in section:
-            section["buckets"] = tuple((int(rows), int(length)) for rows, length in section["buckets"])
-        if name == "data" and section.get("budget") is not None:
-            levels = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(section["budget"]).items()}
-            section["budget"] = build(BudgetConfig, levels, "[data.budget]")
-        parts[name] = build(cls, section, f"[{name}]")
-    if "sinks" in parts:
-        parts["sinks"] = tuple(parts["sinks"])
-    return build(SFTConfig, parts, "the config")
+    return build(SFTConfig, completed(data, base=_BASE))
 
 
 _BASE: dict[str, Any] = {
@@ -259,41 +227,26 @@ _BASE: dict[str, Any] = {
 """Defaults where a model of transformers is trained: other sizes, other habits."""
 
 
-def with_base(parts: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values of a config with a [base], with these defaults where it says nothing."""
-    out = dict(parts)
-    for name, value in defaults.items():
-        out[name] = {**value, **out.get(name, {})} if isinstance(value, Mapping) else out.get(name, value)
-    base = dict(out["base"])
-    if "lora_targets" in base:
-        base["lora_targets"] = tuple(base["lora_targets"])
-    return {**out, "base": base}
+def completed(
+    data: Mapping[str, Any], *, base: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Plain values of a config with what they leave open.
 
-
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A config dataclass from plain values.
-
-    Raises:
-        RequestError: A name is unknown or missing, or a value is not allowed; says where.
+    Args:
+        data: The values.
+        base: What they leave open where a model of transformers is trained.
+        defaults: And where sections are there whose defaults are others than their own.
     """
-    known = [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]
-    for name in values:
-        if name not in known:
-            raise nearest(name, known, f"name in {where}")
-    try:
-        return cls(**values)
-    except TypeError as exc:
-        raise RequestError(f"{where}: {str(exc).partition('()')[2].strip() or exc}") from exc
-
-
-_SECTIONS: dict[str, type[Any]] = {
-    "model": ModelConfig,
-    "base": BaseConfig,
-    "data": DataConfig,
-    "schedule": ScheduleConfig,
-    "optimiser": OptimiserConfig,
-    "eval": EvalConfig,
-}
+    parts = {name: value for name, value in data.items() if value is not None}
+    for name, value in (base if "base" in parts else {}).items():
+        parts[name] = {**value, **parts.get(name, {})} if isinstance(value, Mapping) else parts.get(name, value)
+    for name, value in (defaults or {}).items():
+        if name in parts:
+            parts[name] = {**value, **parts[name]}
+    if "model" in parts:
+        words = TOKENIZERS.get(parts.get("data", {}).get("vocabulary", "compact"), TOKENIZER)
+        parts["model"] = {"vocab_size": len(words.tokens), **parts["model"]}
+    return parts
 
 
 def to_toml(config: Any) -> str:

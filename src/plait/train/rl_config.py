@@ -7,51 +7,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from plait import tasks
-from plait.errors import RequestError, nearest
-from plait.tasks.vocabulary import TOKENIZER, TOKENIZERS
+from plait.errors import RequestError
+from plait.settings import build, one_of, read_toml
 from plait.train.advantages import ADVANTAGES
 from plait.train.config import (
     FREE,
     EvalConfig,
     OptimiserConfig,
+    Precision,
+    RunConfig,
     ScheduleConfig,
-    build,
-    check_model,
-    read_toml,
-    with_base,
+    SourceConfig,
+    check_buckets,
+    check_sinks,
+    completed,
 )
 from plait.train.losses import AGGREGATES, Aggregate
-from plait.train.metrics import SINKS
-from plait.train.model import ModelConfig
-from plait.train.pretrained.config import BaseConfig
 from plait.train.rewards import Reward
 from plait.train.serving import SERVINGS
 from plait.types import Budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptsConfig:
-    format: str
-    """Trajectory format; the one that `init` was trained in."""
-    mixture: dict[str, float] = field(default_factory=dict[str, float])
-    """How often each family is drawn, in any unit."""
-    path: str = ""
-    """JSON lines in place of a mixture, for models of transformers: see `pretrained.records`."""
-    held_out: float = 0.0
-    """Share of those lines that is kept for evaluation."""
+class PromptsConfig(SourceConfig):
     grader: str = "plait.train.handoff.scoring:exact"
-    """Of those lines, as `package.module:function`: is given a response and the answer."""
-    knobs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
-    """What the problems of a family are drawn from, where it is not what the embedded models know."""
-    vocabulary: str = "compact"
-    """The one that `init` was trained with. A base has its own."""
-
-    def __post_init__(self) -> None:
-        if self.vocabulary not in TOKENIZERS:
-            raise nearest(self.vocabulary, list(TOKENIZERS), "vocabulary")
-        for name, knobs in self.knobs.items():
-            tasks.family(name, knobs)
+    """Of the lines of `path`, as `package.module:function`: is given a response and the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +62,8 @@ class RolloutConfig:
             if getattr(self, name) < 1:
                 raise RequestError(f"rollout {name} is {getattr(self, name)}; it must be at least 1")
         for name, allowed in (("mode", ["sync", "one_step_off"]), ("errors", ["leave_out", "wrong"])):
-            if getattr(self, name) not in allowed:
-                raise nearest(str(getattr(self, name)), allowed, f"rollout {name}")
-        if self.engine not in SERVINGS:
-            raise nearest(self.engine, list(SERVINGS), "engine for rollouts")
+            one_of(getattr(self, name), allowed, f"rollout {name}")
+        one_of(self.engine, SERVINGS, "engine for rollouts")
         if self.cells is not None and self.cells < 1:
             raise RequestError(f"rollout cells is {self.cells}; it must be at least 1")
         _ = self.budget
@@ -117,12 +95,9 @@ class LossConfig:
     """Weight of the divergence from the weights that the run started with."""
 
     def __post_init__(self) -> None:
-        if self.advantage not in ADVANTAGES:
-            raise nearest(self.advantage, list(ADVANTAGES), "advantage")
-        if self.aggregate not in AGGREGATES:
-            raise nearest(self.aggregate, list(AGGREGATES), "aggregate")
-        if self.correction not in ("truncated", "none"):
-            raise nearest(self.correction, ["truncated", "none"], "correction")
+        one_of(self.advantage, ADVANTAGES, "advantage")
+        one_of(self.aggregate, AGGREGATES, "aggregate")
+        one_of(self.correction, ("truncated", "none"), "correction")
         if not 0 < self.clip_low < 1 or not self.clip_high > 0:
             raise RequestError(
                 f"clip_low is {self.clip_low} and clip_high {self.clip_high}; they must be in (0, 1) and above 0"
@@ -143,9 +118,7 @@ class LogConfig:
     samples: int = 2
 
     def __post_init__(self) -> None:
-        for name in self.sinks:
-            if name not in SINKS:
-                raise nearest(name, list(SINKS), "dashboard")
+        check_sinks(self.sinks)
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -159,8 +132,8 @@ _EVAL = EvalConfig(**_DEFAULTS["eval"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RLConfig:
-    """Everything that a run depends on."""
+class RLConfig(RunConfig):
+    """Everything that a run depends on. It starts from `init`, from the sizes of a model, or from a base."""
 
     data: PromptsConfig
     schedule: ScheduleConfig
@@ -169,10 +142,6 @@ class RLConfig:
         default_factory=lambda: {"correctness": {}, "latency": {}, "format_validity": {}}
     )
     """Terms by name, each with its options; see `plait.train.rewards`."""
-    model: ModelConfig | None = None
-    """Sizes of one of Plait's own models, where `init` is empty; else those of the checkpoint."""
-    base: BaseConfig | None = None
-    """A model of transformers, in the place of both."""
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     optimiser: OptimiserConfig = _OPTIMISER
@@ -180,40 +149,20 @@ class RLConfig:
     log: LogConfig = LogConfig()
     buckets: tuple[tuple[int, int], ...] = ((6, 320), (4, 512), (3, 640), (2, 1088))
     """Shapes of packed batches as [rows, length]."""
-    seed: int = 0
-    init: str = ""
-    """Checkpoint whose weights the run starts from; empty: random ones."""
-    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    precision: Precision = "fp32"
     """fp32 keeps the trainer's log-probabilities close to the engine's."""
-    weights: Literal["F32", "F16", "Q8_0"] = "Q8_0"
-    """Number type of the exported `model.gguf`."""
-    compile: bool = True
-    threads: int = 1
-    """Of the CPU; 0: as many as torch takes."""
-    checkpoint_every_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.schedule.steps is None:
             raise RequestError("reinforcement learning is counted in steps: set schedule.steps")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise nearest(self.precision, ["auto", "bf16", "fp32"], "precision")
-        if self.weights not in ("F32", "F16", "Q8_0"):
-            raise nearest(self.weights, ["F32", "F16", "Q8_0"], "number type of weights")
         if self.model is None and self.base is None and not self.init:
             raise RequestError("a run needs `init`, a checkpoint to start from, the sizes of a [model], or a [base]")
-        check_model(
-            self.model if self.base is not None else None,
-            self.base,
-            data=self.data,
-            init=self.init,
-            times=self.eval.times,
-        )
+        RunConfig.__post_init__(self)
         if self.base is not None and self.rollout.engine != "torch":
             raise RequestError(
                 f"rollout engine is {self.rollout.engine!r}; a model of transformers is sampled by 'torch'"
             )
-        if not self.buckets:
-            raise RequestError("packing needs at least one bucket of rows")
+        check_buckets(self.buckets)
         Reward(self.reward)
 
 
@@ -236,22 +185,7 @@ def rl_config_from(data: Mapping[str, Any]) -> RLConfig:
     Raises:
         RequestError: A name or value is not one of `RLConfig`'s.
     """
-    parts = dict(data)
-    if parts.get("base") is not None:
-        parts = with_base(parts, _BASE)
-    for name, cls in _SECTIONS.items():
-        if parts.get(name) is None:
-            parts.pop(name, None)
-            continue
-        section = {**_DEFAULTS.get(name, {}), **parts[name]}
-        if name == "model":
-            section.setdefault("vocab_size", len(TOKENIZER.tokens))
-        if name == "log" and "sinks" in section:
-            section["sinks"] = tuple(section["sinks"])
-        parts[name] = build(cls, section, f"[{name}]")
-    if "buckets" in parts:
-        parts["buckets"] = tuple((int(rows), int(length)) for rows, length in parts["buckets"])
-    return build(RLConfig, parts, "the config")
+    return build(RLConfig, completed(data, base=_BASE, defaults=_DEFAULTS))
 
 
 _BASE: dict[str, Any] = {
@@ -264,16 +198,5 @@ _BASE: dict[str, Any] = {
 }
 """Defaults where a model of transformers is trained."""
 
-_SECTIONS: dict[str, type[Any]] = {
-    "model": ModelConfig,
-    "base": BaseConfig,
-    "data": PromptsConfig,
-    "schedule": ScheduleConfig,
-    "rollout": RolloutConfig,
-    "loss": LossConfig,
-    "optimiser": OptimiserConfig,
-    "eval": EvalConfig,
-    "log": LogConfig,
-}
 RL_FREE = FREE | {"log", "model"}
 """What may change between a start and a resume. The model's sizes come with its weights."""

@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 
 from plait.errors import RequestError
 from plait.train import checkpoint, machine
-from plait.train.config import OptimiserConfig
+from plait.train.config import RunConfig
 from plait.train.learners.base import Learner, nll
 from plait.train.learners.embedded import Embedded, start_from
 from plait.train.model import Decoder
-from plait.train.pretrained.config import BaseConfig
 from plait.train.ranks import Ranks
 
 
-class Config(Protocol):
-    """What configs of all trainers say of the model."""
-
-    @property
-    def base(self) -> BaseConfig | None: ...
-    @property
-    def data(self) -> Any: ...
-    @property
-    def optimiser(self) -> OptimiserConfig: ...
-    @property
-    def precision(self) -> Literal["auto", "bf16", "fp32"]: ...
-    @property
-    def weights(self) -> Literal["F32", "F16", "Q8_0"]: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def threads(self) -> int: ...
-
-
 def open_learner(
-    config: Config,
+    config: RunConfig,
     *,
     fresh: Callable[[], Decoder],
     ranks: Ranks,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from plait.errors import RequestError, nearest
+from plait.errors import RequestError
+from plait.settings import one_of
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -30,7 +31,6 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", ["float32", "bfloat16"]), ("attention", ["auto", "sdpa", "flex"])):
-            if getattr(self, name) not in allowed:
-                raise nearest(str(getattr(self, name)), allowed, f"base {name}")
+            one_of(getattr(self, name), allowed, f"base {name}")
         if not self.path or self.lora_rank < 0 or self.lora_alpha < 0:
             raise RequestError("base needs a path, and lora_rank and lora_alpha of at least 0")
