@@ -39,12 +39,8 @@ class _Chat:
             self.served,
             question,
             param="messages",
-            options=body.plait,
+            body=body,
             max_tokens=min(most, default=None),
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            seed=body.seed,
         )
         self.trace = asked.trace(self.served, question, body.plait)
         self.answer = Answer(stops_of(body.stop))
@@ -108,7 +104,7 @@ class _Chat:
     async def _finish(self, out: Out, job: Job) -> None:
         await self._send(out, {}, self._reason(job), plait=self._about(job))
         if self._wants_usage:
-            data = {**self.base, "object": "chat.completion.chunk", "choices": [], "usage": usage_of(job)}
+            data = {**self.base, "object": "chat.completion.chunk", "choices": [], "usage": _usage(job)}
             await out.data(data)
 
     def _whole(self, job: Job, parts: dict[str, list[str]]) -> dict[str, Any]:
@@ -120,7 +116,7 @@ class _Chat:
             **self.base,
             "object": "chat.completion",
             "choices": [choice],
-            "usage": usage_of(job),
+            "usage": _usage(job),
             "plait": self._about(job),
         }
 
@@ -135,13 +131,7 @@ class _Chat:
 _EVENTS = {"open": "open", "text": "delta", "fork": "fork", "join": "join", "close": "close"}
 
 
-def usage_of(job: Job) -> dict[str, Any]:
-    """Usage as OpenAI counts it: all that was sampled, in all threads."""
-    usage = job.tree.usage()
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.sampled_tokens,
-        "total_tokens": usage.prompt_tokens + usage.sampled_tokens,
-        "completion_tokens_details": {"reasoning_tokens": usage.sampled_tokens - job.answer_tokens()},
-        "plait": job.usage(),
-    }
+def _usage(job: Job) -> dict[str, Any]:
+    tokens = job.tokens()
+    reasoning = tokens["completion_tokens"] - job.answer_tokens()
+    return tokens | {"completion_tokens_details": {"reasoning_tokens": reasoning}}

@@ -23,7 +23,7 @@ from plait.server.refusal import Refusal
 from plait.server.replies import CompletionReply
 from plait.server.reply import Out, Reply, asked, documented
 from plait.server.schemas import CompletionRequest
-from plait.server.service import Asked, Job, Served, checked_ids
+from plait.server.service import Asked, Served, checked_ids
 from plait.server.transcript import ROOT, Cut, Ordered, Transcript
 from plait.tokenizer import Vocabulary
 from plait.types import SamplingParams
@@ -81,17 +81,7 @@ class _Completions(_Prompts):
     def __init__(self, body: CompletionRequest, asked: Asked) -> None:
         super().__init__(body, asked)
         self.requests = [
-            asked.request(
-                self.served,
-                prompt,
-                param="prompt",
-                options=body.plait,
-                max_tokens=body.max_tokens,
-                temperature=body.temperature,
-                top_p=body.top_p,
-                top_k=body.top_k,
-                seed=body.seed,
-            )
+            asked.request(self.served, prompt, param="prompt", body=body, max_tokens=body.max_tokens)
             for prompt in self.prompts
         ]
 
@@ -118,7 +108,7 @@ class _Completions(_Prompts):
         reason = "stop" if stop.found is not None else job.finish
         if out is not None:
             await out.data({**self.base, "choices": [_choice(index, "", reason) | {"plait": job.about()}]})
-        return _choice(index, "".join(parts), reason) | {"plait": job.about()}, _usage(job)
+        return _choice(index, "".join(parts), reason) | {"plait": job.about()}, job.tokens()
 
 
 class _Scores(_Prompts):
@@ -206,16 +196,6 @@ def _prompts(prompt: Any) -> Sequence[str | list[int]]:
 
 def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-
-
-def _usage(job: Job) -> dict[str, Any]:
-    usage = job.tree.usage()
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.sampled_tokens,
-        "total_tokens": usage.prompt_tokens + usage.sampled_tokens,
-        "plait": job.usage(),
-    }
 
 
 def _total(usages: Sequence[dict[str, Any]]) -> dict[str, Any]:

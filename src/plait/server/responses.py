@@ -67,12 +67,8 @@ class _Response:
             self.served,
             question,
             param="input",
-            options=body.plait,
+            body=body,
             max_tokens=body.max_output_tokens,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            seed=body.seed,
         )
         self.trace = asked.trace(self.served, question, body.plait)
         self.id, self.created = f"resp_{asked.request_id}", int(time.time())
@@ -181,13 +177,14 @@ class _Response:
 
 
 def _usage(job: Job) -> dict[str, Any]:
-    usage = job.tree.usage()
+    tokens = job.tokens()
+    sampled = tokens["completion_tokens"]
     return {
-        "input_tokens": usage.prompt_tokens,
+        "input_tokens": tokens["prompt_tokens"],
         # What an engine found in its cache belongs to no request: nothing is billed as cached.
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": usage.sampled_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.sampled_tokens - job.answer_tokens()},
-        "total_tokens": usage.prompt_tokens + usage.sampled_tokens,
-        "plait": job.usage(),
+        "output_tokens": sampled,
+        "output_tokens_details": {"reasoning_tokens": sampled - job.answer_tokens()},
+        "total_tokens": tokens["total_tokens"],
+        "plait": tokens["plait"],
     }

@@ -28,16 +28,8 @@ async def start_run(body: RunRequest, asked: Annotated[Asked, Depends(asked)]) -
     """Ask a question; the events of its run."""
     served = asked.service.find(body.model)
     options = body.plait.model_copy(update={"trace": True})
-    request = asked.request(
-        served,
-        body.question,
-        param="question",
-        options=options,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        seed=0 if body.seed is None else body.seed,
-    )
+    body = body.model_copy(update={"plait": options, "seed": body.seed or 0})
+    request = asked.request(served, body.question, param="question", body=body)
     trace = asked.trace(served, body.question, options)
     assert trace is not None
 

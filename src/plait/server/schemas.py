@@ -90,7 +90,7 @@ def _some(value: Any) -> Any:
 _Options = Annotated[PlaitOptions, BeforeValidator(_some, json_schema_input_type=PlaitOptions | None)]
 
 
-class _Sampled(_Body):
+class SampledRequest(_Body):
     """What all requests may say of sampling."""
 
     model: Annotated[str, Field(max_length=500)] | None = None
@@ -122,7 +122,7 @@ _ASKED = {"role": "user", "content": _QUESTION}
 """In the schema, as examples: a question that the embedded model knows."""
 
 
-class ChatRequest(_Sampled):
+class ChatRequest(SampledRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000, examples=[[_ASKED]])]
@@ -146,7 +146,7 @@ class _TextFormat(_Body):
 Ids: TypeAlias = list[Annotated[int, Field(ge=0)]]
 
 
-class CompletionRequest(_Sampled):
+class CompletionRequest(SampledRequest):
     """`POST /v1/completions`."""
 
     prompt: Annotated[
@@ -202,7 +202,7 @@ class _TextConfig(_Body):
     format: _TextFormat | None = None
 
 
-class ResponsesRequest(_Sampled):
+class ResponsesRequest(SampledRequest):
     """`POST /v1/responses`."""
 
     input: Annotated[
@@ -218,7 +218,7 @@ class ResponsesRequest(_Sampled):
     conversation: None = None
 
 
-class RunRequest(_Sampled):
+class RunRequest(SampledRequest):
     """`POST /plait/runs`: a question for the viewer."""
 
     question: Annotated[str, Field(max_length=20_000, examples=[_QUESTION])]

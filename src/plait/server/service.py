@@ -27,7 +27,7 @@ from plait.server.config import ServeConfig
 from plait.server.keys import Client, cache_salt
 from plait.server.metrics import JoinWaits, Metrics
 from plait.server.refusal import Refusal, body_of, without_addresses
-from plait.server.schemas import PlaitOptions
+from plait.server.schemas import PlaitOptions, SampledRequest
 from plait.server.traces import Trace, Traces
 from plait.server.transcript import ANSWER, ROOT
 from plait.session import Run, open_run
@@ -319,8 +319,18 @@ class Job:
             answer = self.served.model.answer(self.tree)
             self._trace.end([("usage", {**about, "answer": answer, "wall_s": round(self.wall_s, 6)}), ("end", {})])
 
+    def tokens(self) -> dict[str, Any]:
+        """Usage as OpenAI counts it, all that was sampled in all threads; and what its fields cannot say."""
+        usage = self.tree.usage()
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.sampled_tokens,
+            "total_tokens": usage.prompt_tokens + usage.sampled_tokens,
+            "plait": self.usage(),
+        }
+
     def usage(self) -> dict[str, Any]:
-        """The `plait` block of usage: what OpenAI's fields cannot say."""
+        """The `plait` block of usage."""
         usage = self.tree.usage()
         return {
             "critical_path_tokens": usage.critical_path_tokens,
@@ -380,23 +390,21 @@ class Asked:
         question: str | Sequence[int],
         *,
         param: str,
-        options: PlaitOptions,
+        body: SampledRequest,
         max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
     ) -> Request:
         """A question as a request within the server's limits.
 
         Args:
             question: In words; or ids, which are taken as they are.
             param: The field that it came from.
+            body: What was said of sampling, and of the run.
+            max_tokens: Of the run, in the words of its route.
 
         Raises:
             Refusal: 400, the model does not know such questions, or was trained in another format.
         """
-        model = served.model
+        model, options = served.model, body.plait
         if options.format not in (None, model.format_name):
             raise Refusal(
                 f"{model.name} was trained in the {model.format_name} format and is not run in {options.format!r}",
@@ -405,10 +413,10 @@ class Asked:
             )
         settings: dict[str, Any] = {
             "budget": options.within(self.service.config.budget, max_tokens=max_tokens),
-            "temperature": self.service.config.temperature if temperature is None else temperature,
-            "top_p": 1.0 if top_p is None else top_p,
-            "top_k": max(0, top_k or 0),
-            "seed": secrets.randbits(63) if seed is None else seed,
+            "temperature": self.service.config.temperature if body.temperature is None else body.temperature,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "top_k": max(0, body.top_k or 0),
+            "seed": secrets.randbits(63) if body.seed is None else body.seed,
             # Only a trace shows log-probabilities.
             "logprobs": options.trace,
         }
