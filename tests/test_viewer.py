@@ -122,15 +122,16 @@ def test_a_log_of_several_runs_and_results_make_one_table(log: Path, tmp_path: P
     write_log([*events, *events[:9]], both)
     results = tmp_path / "results.jsonl"
     rows = [record(), record(right=False), record(model="twin@2", threads=0, critical_path_tokens=100)]
+    rows.append(record(model="twin@2", method="majority@8", samples=8))
     results.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     data = read_views([both, results])
     assert [run["name"] for run in data.runs] == ["both 1", "both 2"]
     assert [bool(run["cut"]) for run in data.runs] == [False, True]
-    assert [row["critical_path_tokens"] for row in data.records] == [40, 40, 100]
+    assert [row["critical_path_tokens"] for row in data.records] == [40, 40, 100, 40]
     groups = {group["model"]: group for group in data.values()["groups"]}
     assert groups["tiny"]["accuracy"] == 0.5
     assert groups["tiny"]["accuracy_low"] < 0.5 < groups["tiny"]["accuracy_high"]
-    assert groups["twin"]["n"] == 1
+    assert groups["twin"]["n"] == groups["twin, majority@8"]["n"] == 1
 
 
 def test_a_comparison_logs_both_runs(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plait.bench import Record, read_records
+from plait.bench import GREEDY, Record, read_records
 from plait.bench.metrics import wilson
 from plait.errors import LogError, TreeError
 from plait.events import Event, RunStarted, SegmentEnded, SegmentStarted, ThreadsCut, TokensSampled
@@ -131,7 +131,9 @@ def _is_records(path: str | Path) -> bool:
 
 def _row(record: Record) -> dict[str, Any]:
     keys = "question family answer right threads total_tokens critical_path_tokens wall_s stop"
-    return {key: getattr(record, key) for key in keys.split()} | {"model": record.model.partition("@")[0]}
+    name = record.model.partition("@")[0]
+    name = name if record.method == GREEDY.name else f"{name}, {record.method}"
+    return {key: getattr(record, key) for key in keys.split()} | {"model": name}
 
 
 def _model(meta: dict[str, Any]) -> str:
