@@ -125,3 +125,17 @@ def test_any_program_leaves_the_books_balanced(
     for node in held:
         pool.let_go(node)
     assert book.extend(pool.hold(pool.root), [0] * (num_blocks * block_size)).end == num_blocks * block_size
+
+
+def test_a_memo_gives_up_its_end_first_and_block_by_block() -> None:
+    book = Book(num_blocks=4, block_size=4)
+    pool = book.pool
+    run = list(range(14))
+    tip = book.extend(pool.hold(pool.root), run)
+    assert tip.parent is pool.root, "one run, however many blocks"
+    pool.let_go(tip)
+    other = book.extend(pool.hold(pool.root), [50] * 5)
+    assert pool.evictions == 2
+    found, reach = pool.match(pool.root, run, len(run))
+    assert (reach, [token for token, _ in book.read(found)]) == (8, run[:8])
+    pool.check([other])

@@ -385,6 +385,21 @@ async def test_new_weights_take_the_place_of_the_old() -> None:
         assert (await call(engine, (PROMPT,)))[0] == before
 
 
+async def test_weights_that_cannot_be_put_in_place_are_reported_to_whoever_gave_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(weights: object) -> None:
+        raise RuntimeError("no memory")
+
+    async with make() as engine:
+        monkeypatch.setattr(engine._decoder, "load", full)
+        with pytest.raises(EngineError, match="could not be put in place: no memory"):
+            await engine.load_weights(tiny_llama.weights(1), version=1)
+        assert engine.version == 0
+        with pytest.raises(EngineError, match="please report: RuntimeError"):  # half of them may be there
+            await call(engine, (PROMPT,))
+
+
 async def test_a_call_goes_on_with_new_weights_from_what_it_sampled() -> None:
     async with make(0, flush_s=0) as engine:
         ids: list[int] = []

@@ -1,0 +1,152 @@
+"""What every scheduler does with messages, deliveries and failures, on one that counts instead of computing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plait.engines.calls import Call, Delivery, num_common
+from plait.engines.scheduler import Scheduler
+from plait.errors import EngineError, EngineUnavailable
+from plait.types import SamplingParams, StopReason
+
+
+class Counting(Scheduler[Call]):
+    """Gives every call 0, 1, 2 ..., one a turn."""
+
+    name = "counting"
+
+    def __init__(self, *, most: int = 8, flush_s: float = 0.0) -> None:
+        self.heard: list[Delivery] = []
+        self.closed = 0
+        self.wake = threading.Event()
+        super().__init__(wake=self.wake, post=self.heard.extend, close=self._count, flush_s=flush_s)
+        self._most = most
+        self.broken = False
+
+    def _count(self) -> None:
+        self.closed += 1
+
+    @property
+    def active(self) -> int:
+        return len(self.slots)
+
+    def _told(self, kind: str, what: Any) -> None:
+        if kind == "forget":
+            what()
+        elif what in self.slots:
+            self.slots.remove(what)
+
+    def _work(self) -> None:
+        if self.broken:
+            raise ZeroDivisionError("no")
+        while self.queue and len(self.slots) < self._most:
+            self.slots.append(self.queue.popleft())
+        for call in self.slots:
+            call.ids.append(len(call.ids))
+            call.logprobs.append(-1.0)
+        self._deliver()
+
+    def _end(self, ended: Sequence[tuple[Call, StopReason]]) -> None:
+        for call, _ in ended:
+            self.slots.remove(call)
+
+    def _drop(self) -> list[Call]:
+        live, self.slots = self.slots, []
+        return live
+
+
+def a_call(number: int = 0, tokens: int = 3) -> Call:
+    return Call(number, ((1, 2),), SamplingParams(max_tokens=tokens), tokens, None)
+
+
+def test_calls_are_heard_of_as_they_go_and_once_they_end() -> None:
+    scheduler, call = Counting(), a_call()
+    scheduler.put(("submit", call))
+    assert scheduler.wake.is_set()
+    assert scheduler.queued == 1
+    while scheduler.ready():
+        assert scheduler.turn()
+    assert [(ids, stop) for _, ids, _, stop, _ in scheduler.heard] == [
+        ([0], None),
+        ([1], None),
+        ([2], StopReason.LENGTH),
+    ]
+    assert (scheduler.active, scheduler.queued) == (0, 0)
+    assert scheduler.work_s > 0
+
+
+def test_between_two_flushes_only_the_end_is_told() -> None:
+    scheduler = Counting(flush_s=60)
+    scheduler.put(("submit", a_call()))
+    scheduler.turn()  # the first tells at once
+    scheduler.heard.clear()
+    while scheduler.ready():
+        scheduler.turn()
+    assert [(ids, stop) for _, ids, _, stop, _ in scheduler.heard] == [([1, 2], StopReason.LENGTH)]
+
+
+def test_a_cancelled_call_is_not_heard_of_again_wherever_it_was() -> None:
+    scheduler, live, waiting, ended = Counting(most=1), a_call(0), a_call(1), a_call(2, tokens=1)
+    for call in (live, waiting):
+        scheduler.put(("submit", call))
+    scheduler.turn()
+    for call in (live, waiting, ended):
+        scheduler.put(("cancel", call))
+    scheduler.heard.clear()
+    scheduler.turn()
+    assert not scheduler.heard
+    assert not scheduler.ready()
+
+
+def test_whatever_is_in_the_inbox_when_it_closes_is_answered() -> None:
+    scheduler, forgot = Counting(), []
+    running, late = a_call(0), a_call(1)
+    scheduler.put(("submit", running))
+    scheduler.turn()
+    scheduler.heard.clear()
+    scheduler.put(("close", None))
+    scheduler.put(("submit", late))
+    scheduler.put(("forget", lambda: forgot.append(True)))
+    assert not scheduler.turn()
+    assert {id(call) for call, *_, error in scheduler.heard if isinstance(error, EngineUnavailable)} == {
+        id(running),
+        id(late),
+    }
+    assert (forgot, scheduler.closed) == ([True], 1)
+
+
+def test_after_a_bug_every_call_fails_until_it_is_closed() -> None:
+    scheduler = Counting()
+    scheduler.put(("submit", a_call(0)))
+    scheduler.turn()
+    scheduler.broken = True
+    scheduler.turn()
+    scheduler.broken = False
+    scheduler.put(("submit", a_call(1)))
+    scheduler.turn()
+    errors = [error for *_, error in scheduler.heard if error is not None]
+    assert len(errors) == 2
+    assert all("please report: ZeroDivisionError: no" in str(error) for error in errors)
+    assert isinstance(errors[0], EngineError)
+    assert isinstance(errors[0].__cause__, ZeroDivisionError)
+    scheduler.put(("close", None))
+    assert not scheduler.turn()
+    assert scheduler.closed == 1
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@given(
+    ids=st.lists(st.integers(0, 2), max_size=40), others=st.lists(st.integers(0, 2), max_size=40), same=st.booleans()
+)
+def test_what_two_runs_have_in_common_is_counted(kind: type, ids: list[int], others: list[int], same: bool) -> None:
+    others = [*ids, *others] if same else others
+    expected = next(
+        (k for k, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others))
+    )
+    assert num_common(kind(ids), kind(others)) == expected
