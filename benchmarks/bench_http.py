@@ -1,26 +1,33 @@
-"""What Plait adds to a server: the same requests sent by hand and through the HTTP engine, in turn.
+"""What Plait adds to a server: the same requests sent by hand and through the HTTP engine, in pairs.
 
-    python benchmarks/bench_http.py [--server llama-server|vllm] [--engine URL] [--runs 15] [--threads 1,4] [--json]
+    python benchmarks/bench_http.py [--server llama-server|vllm] [--engine URL] [--runs 100] [--threads 1,4] [--json]
 
 By hand: one httpx2 client that streams the very bodies the engine sends and parses each event, nothing else.
-Through Plait: a run of the same problem in a format that never forks, events read and folded. Without --engine a
-server is started on the embedded sequential model (one thread, loopback), which is so small that every microsecond of
-a client shows: a token takes a llama-server 0.1 ms. --weights takes any GGUF instead. vLLM needs PLAIT_VLLM_PYTHON, the
-interpreter of an environment that has it. Medians over the runs with their range; `CPU a token` is the client's own,
-less spoiled by a busy machine.
+Through Plait: a run of the same problem in a format that never forks, events read and folded. --wire adds a third:
+Plait's own connection and its events, nothing read into them. Without --engine a server is started on the embedded
+sequential model (one thread, loopback), which is so small that every microsecond of a client shows: a token takes a
+llama-server 0.1 ms. --weights takes any GGUF instead. vLLM needs PLAIT_VLLM_PYTHON, the interpreter of an environment
+that has it.
+
+A round sends each once, in an order that goes through all permutations. What is added is the median of the differences
+within a round, its interval (95 %) is by order statistics (the sign test's), so it supposes nothing about how a
+machine is busy. `CPU a token` is the client's own, less spoiled by a busy machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
+from itertools import permutations
 from pathlib import Path
-from time import process_time
+from time import perf_counter, process_time
 from typing import Any
 
 import anyio
@@ -30,6 +37,7 @@ from blocks import together
 from plait.engines import open_engine
 from plait.engines.http import HttpEngine
 from plait.engines.http.base import Call
+from plait.engines.http.wire import Wait
 from plait.formats.base import TrajectoryFormat
 from plait.formats.sequential import Sequential
 from plait.models import load_model
@@ -84,9 +92,22 @@ async def by_hand(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) ->
     async with client.stream("POST", url, json=body) as response:
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
-                event = json.loads(line[6:])
-                count += len(event.get("tokens") or (event.get("choices") or [{}])[0].get("token_ids") or ())
+                count += num_tokens(json.loads(line[6:]))
     return count
+
+
+async def by_wire(engine: HttpEngine, url: str, body: dict[str, Any]) -> int:
+    """The same with Plait's own client."""
+    assert engine._client is not None
+    count = 0
+    async with aclosing(engine._client.events(url, body, {}, Wait(60.0, "nothing came"))) as batches:
+        async for events in batches:
+            count += sum(num_tokens(event) for event in events)
+    return count
+
+
+def num_tokens(event: dict[str, Any]) -> int:
+    return len(event.get("tokens") or (event.get("choices") or [{}])[0].get("token_ids") or ())
 
 
 async def what_is_sent(engine: HttpEngine, request: Request, format: TrajectoryFormat) -> tuple[str, dict[str, Any]]:
@@ -107,13 +128,21 @@ async def what_is_sent(engine: HttpEngine, request: Request, format: TrajectoryF
     return once
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, and the smallest interval of values around it that holds the true one in 95 of 100 cases or more."""
+    ordered, n = sorted(values), len(values)
+    outside, below = 0.0, 0
+    while below < n // 2 and outside + math.comb(n, below) / 2**n <= 0.025:
+        outside += math.comb(n, below) / 2**n
+        below += 1
+    low = max(below - 1, 0)
+    return statistics.median(ordered), ordered[low], ordered[n - 1 - low]
+
+
 async def measure(url: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Wall seconds of `threads` problems at once, by hand and through Plait, in turn."""
+    """Wall seconds of `threads` problems at once, by hand and through Plait, in pairs."""
     requests, format = never_forking(options.weights, options.tokens, threads)
-    runs = options.runs
-    wall: dict[str, list[float]] = {"by_hand": [], "plait": []}
-    cpu: dict[str, list[float]] = {"by_hand": [], "plait": []}
-    counts = {"hand": 0, "plait": 0}
+    counts: Counter[str] = Counter()
     async with open_engine("http", urls=url) as engine, httpx2.AsyncClient(timeout=60, trust_env=False) as client:
         assert isinstance(engine, HttpEngine)
         server = engine.servers[0]
@@ -122,36 +151,48 @@ async def measure(url: str, threads: int, options: argparse.Namespace) -> dict[s
         async def one_by_hand(i: int) -> None:
             route, body = sent[i]
             came = await by_hand(client, f"{url}{route}", body)
-            counts["hand"] += came
+            counts["by_hand"] += came
+
+        async def one_by_wire(i: int) -> None:
+            route, body = sent[i]
+            came = await by_wire(engine, f"{url}{route}", body)
+            counts["wire"] += came
 
         async def one_through_plait(i: int) -> None:
             tree = await run(requests[i], engine=engine, format=format)
             counts["plait"] += tree.usage().sampled_tokens
 
-        for number in range(runs + 1):
-            for name, work in (("by_hand", one_by_hand), ("plait", one_through_plait)):
+        ways = {"by_hand": one_by_hand, **({"wire": one_by_wire} if options.wire else {}), "plait": one_through_plait}
+        wall: dict[str, list[float]] = {name: [] for name in ways}
+        cpu: dict[str, list[float]] = {name: [] for name in ways}
+        orders = list(permutations(ways))
+        number, until = 0, math.inf
+        while number <= options.runs and perf_counter() < until:
+            for name in orders[number % len(orders)]:
                 before = process_time()
-                seconds = await together(threads, work)
+                seconds = await together(threads, ways[name])
                 if number:  # the first round warms up
                     wall[name].append(seconds)
                     cpu[name].append(process_time() - before)
-    assert counts["hand"] == counts["plait"], f"not the same work: {counts}"
-    tokens = counts["hand"] // (runs + 1)
-    by, through = (statistics.median(seconds) for seconds in wall.values())
-    return {
-        "engine": server.kind,
-        "threads": threads,
-        "tokens": tokens,
-        **{f"{name}_ms": round(statistics.median(seconds) * 1e3, 2) for name, seconds in wall.items()},
-        **{
-            f"{name}_range_ms": [round(min(seconds) * 1e3, 2), round(max(seconds) * 1e3, 2)]
-            for name, seconds in wall.items()
-        },
-        **{f"{name}_cpu_us": round(statistics.median(seconds) / tokens * 1e6, 1) for name, seconds in cpu.items()},
-        "added_ms": round((through - by) * 1e3, 2),
-        "added_us_per_token": round((through - by) / tokens * 1e6, 1),
-        "of_by_hand": round(by / through, 4),
-    }
+            if not number:
+                until = perf_counter() + options.seconds
+            number += 1
+    assert len(set(counts.values())) == 1, f"not the same work: {counts}"
+    tokens = counts["plait"] // number
+    row: dict[str, Any] = {"engine": server.kind, "threads": threads, "tokens": tokens, "runs": number - 1}
+    for name in ways:
+        row[f"{name}_ms"] = round(statistics.median(wall[name]) * 1e3, 2)
+        row[f"{name}_range_ms"] = [round(min(wall[name]) * 1e3, 2), round(max(wall[name]) * 1e3, 2)]
+        row[f"{name}_cpu_us"] = round(statistics.median(cpu[name]) / tokens * 1e6, 1)
+    for name in (name for name in ways if name != "by_hand"):
+        pairs = list(zip(wall["by_hand"], wall[name], strict=True))
+        added, *interval = median_interval([mine - hand for hand, mine in pairs])
+        row[f"{name}_added_ms"] = round(added * 1e3, 2)
+        row[f"{name}_added_interval_ms"] = [round(end * 1e3, 2) for end in interval]
+        speed, *interval = median_interval([hand / mine for hand, mine in pairs])
+        row[f"{name}_of_by_hand"] = round(speed, 4)
+        row[f"{name}_of_by_hand_interval"] = [round(end, 4) for end in interval]
+    return row
 
 
 def main() -> None:
@@ -160,23 +201,33 @@ def main() -> None:
     parser.add_argument("--server", choices=["llama-server", "vllm"], default="llama-server", help="what is started")
     parser.add_argument("--weights", type=Path, metavar="GGUF", help="other weights than the embedded model's")
     parser.add_argument("--tokens", type=int, default=64, help="of each request to other weights")
-    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--runs", type=int, default=100, help="rounds of each number of streams")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no round begins later in a row than this")
+    parser.add_argument("--wire", action="store_true", help="also with Plait's wire alone")
     parser.add_argument("--threads", default="1,4")
     parser.add_argument("--json", action="store_true", help="print the rows as the last line")
     options = parser.parse_args()
     numbers = [int(n) for n in options.threads.split(",")]
     with served(options, max(numbers)) as url:
         rows = [anyio.run(measure, url, n, options) for n in numbers]
-    print("| engine | streams | tokens | by hand | through Plait | added | of the speed by hand | CPU a token |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print(
+        "| engine | streams | tokens | rounds | by hand | way | its time | added (95 %) | of the speed by hand | "
+        "CPU a token |"
+    )
+    print("|---|--:|--:|--:|--:|---|--:|--:|--:|--:|")
     for r in rows:
-        by, through = (
-            f"{r[f'{k}_ms']} ms ({r[f'{k}_range_ms'][0]}-{r[f'{k}_range_ms'][1]})" for k in ("by_hand", "plait")
-        )
-        print(
-            f"| {r['engine']} | {r['threads']} | {r['tokens']} | {by} | {through} | {r['added_ms']} ms | "
-            f"{r['of_by_hand']:.1%} | {r['by_hand_cpu_us']} -> {r['plait_cpu_us']} us |"
-        )
+        for way in (way for way in ("wire", "plait") if f"{way}_ms" in r):
+            by, through = (
+                f"{r[f'{k}_ms']} ms ({r[f'{k}_range_ms'][0]}-{r[f'{k}_range_ms'][1]})" for k in ("by_hand", way)
+            )
+            low, high = r[f"{way}_added_interval_ms"]
+            least, most = r[f"{way}_of_by_hand_interval"]
+            print(
+                f"| {r['engine']} | {r['threads']} | {r['tokens']} | {r['runs']} | {by} | {way} | {through} | "
+                f"{r[f'{way}_added_ms']} ms ({low} to {high}) | "
+                f"{r[f'{way}_of_by_hand']:.1%} ({least:.1%}-{most:.1%}) | "
+                f"{r['by_hand_cpu_us']} -> {r[f'{way}_cpu_us']} us |"
+            )
     if options.json:
         print(json.dumps(rows))
 

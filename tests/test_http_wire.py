@@ -201,6 +201,17 @@ async def test_a_connection_is_used_again_unless_its_server_or_its_reader_ended_
         assert server.connections == 4
 
 
+async def test_a_server_that_closes_a_connection_just_when_it_is_used_again_is_asked_once_more() -> None:
+    whole = CHUNKED + framed(b"a") + END
+    server = Said([whole], [None], [whole], [None], [None])
+    async with pooled(server) as pool:
+        assert await parts(pool, server.url) == await parts(pool, server.url) == [b"a"]
+        assert server.connections == 2
+        with pytest.raises(EngineError, match="closed the connection before it answered"):
+            await parts(pool, server.url)
+        assert server.connections == 3, "a new one is no reason to ask again"
+
+
 async def test_what_follows_an_answer_unasked_belongs_to_no_other_call() -> None:
     whole = CHUNKED + framed(b"a") + END
     server = Said([whole + whole.replace(b"a\r", b"b\r")], [whole])

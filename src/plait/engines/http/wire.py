@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from selectors import EVENT_READ, DefaultSelector
 from typing import NoReturn
@@ -65,6 +65,10 @@ class _Origin:
     port: int
 
 
+class _Unanswered(h11.RemoteProtocolError):
+    """A connection ended before anything of an answer came."""
+
+
 class Pool:
     """Connections to any number of servers, as many as there are calls at once.
 
@@ -97,18 +101,19 @@ class Pool:
         origin = _Origin(secure=secure, host=parts.hostname or "", port=parts.port or (443 if secure else 80))
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         with _named(url):
-            connection = await self._kept(origin) or await self._connected(origin, url)
+            # Not what stands before an @: it is for nobody's log.
+            fields = {"host": parts.netloc.rpartition("@")[2], **headers}
+            if content is not None:
+                fields["content-length"] = str(len(content))
+            request = h11.Request(method=method, target=target, headers=list(fields.items()))
+            connection, head = await self._asked(origin, url, request, content or b"", wait)
             try:
-                # Not what stands before an @: it is for nobody's log.
-                fields = {"host": parts.netloc.rpartition("@")[2], **headers}
-                head = await connection.ask(method, target, fields, content, wait)
                 yield Answer(head, connection, wait)
             finally:
                 if connection.may_go_on() and not self._closed:
                     self._idle.setdefault(origin, []).append(connection)
                 else:
-                    self._open.discard(connection)
-                    await connection.aclose()
+                    await self._drop(connection)
 
     async def aclose(self) -> None:
         """Close every connection, which ends the calls that still run."""
@@ -117,21 +122,38 @@ class Pool:
         while self._open:
             await self._open.pop().aclose()
 
+    async def _asked(
+        self, origin: _Origin, url: str, request: h11.Request, content: bytes, wait: Wait
+    ) -> tuple[_Connection, h11.Response]:
+        """Send a request; the connection and the head of the answer."""
+        while True:
+            kept = await self._kept(origin)
+            connection = kept or await self._connected(origin, url)
+            try:
+                return connection, await connection.ask(request, content, wait)
+            except BaseException as exc:
+                await self._drop(connection)
+                # A server may close a connection just when it is used again: then it has not seen this call.
+                if kept is None or not isinstance(exc, _Unanswered):
+                    raise
+
+    async def _drop(self, connection: _Connection) -> None:
+        self._open.discard(connection)
+        await connection.aclose()
+
     async def _kept(self, origin: _Origin) -> _Connection | None:
         """A connection that is still good, the one used last; those that are not are closed."""
         now = anyio.current_time()
         for kept in self._idle.values():
             for connection in [c for c in kept if c.idle_until < now]:
                 kept.remove(connection)
-                self._open.discard(connection)
-                await connection.aclose()
+                await self._drop(connection)
         kept = self._idle.get(origin, [])
         while kept:
             connection = kept.pop()
             if not connection.was_closed():
                 return connection
-            self._open.discard(connection)
-            await connection.aclose()
+            await self._drop(connection)
         return None
 
     async def _connected(self, origin: _Origin, url: str) -> _Connection:
@@ -185,15 +207,10 @@ class _Connection:
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MOST_HEAD_BYTES)
         self._failure: h11.RemoteProtocolError | None = None
 
-    async def ask(
-        self, method: str, target: str, headers: dict[str, str], content: bytes | None, wait: Wait
-    ) -> h11.Response:
+    async def ask(self, request: h11.Request, content: bytes, wait: Wait) -> h11.Response:
         """Send a request, and read the head of its answer."""
-        fields = list(headers.items())
-        if content is not None:
-            fields.append(("content-length", str(len(content))))
-        request = [h11.Request(method=method, target=target, headers=fields), h11.Data(data=content or b"")]
-        data = b"".join(self._http.send(event) or b"" for event in (*request, h11.EndOfMessage()))
+        events = (request, h11.Data(data=content), h11.EndOfMessage())
+        data = b"".join(self._http.send(event) or b"" for event in events)
         await self._send(data, wait)
         while True:
             event = self._http.next_event()
@@ -231,13 +248,20 @@ class _Connection:
             wait.over()
 
     async def _receive(self, wait: Wait) -> None:
+        nothing_heard = self._http.their_state is h11.SEND_RESPONSE and not self._http.trailing_data[0]
         data = b""
-        with wait.scope() as scope, suppress(anyio.EndOfStream):
-            data = await self._stream.receive(_READ_BYTES)
+        with wait.scope() as scope:
+            try:
+                data = await self._stream.receive(_READ_BYTES)
+            except anyio.EndOfStream:
+                pass
+            except anyio.BrokenResourceError:
+                if not nothing_heard:
+                    raise
         if scope.cancelled_caught:
             wait.over()
-        if not data and self._http.their_state is h11.SEND_RESPONSE:
-            raise h11.RemoteProtocolError("the server closed the connection before it answered")
+        if nothing_heard and not data:
+            raise _Unanswered("the server closed the connection before it answered")
         self._http.receive_data(data)
 
     def may_go_on(self) -> bool:
