@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
 from plait.engines.torch.checkpoint import read_checkpoint
@@ -64,10 +64,14 @@ def _write(path: Path, folder: Path, *, bos: int, eos: int, name: Callable[[int]
 
 
 def _tokenizer(fixed: FixedTokenizer) -> Tokenizer:
-    """Longest match over the fixed list, as the model's own tokenizer."""
+    """Longest match over the fixed list, as the model's own tokenizer, and its opening before a prompt."""
     tokenizer = Tokenizer(WordLevel({text: id for id, text in enumerate(fixed.tokens)}, unk_token="<pad>"))
     plain = sorted((t for t in fixed.tokens if t not in fixed.control), key=len, reverse=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, plain))), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in sorted(fixed.control)])
+    bos = fixed.bos_ids[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{fixed.tokens[bos]} $A", special_tokens=[(fixed.tokens[bos], bos)]
+    )
     return tokenizer

@@ -25,11 +25,11 @@ with warnings.catch_warnings():
 from handoff_data import FORMAT, gold_engine, grade, pretrained_tokenizer, question
 from plait.engines.scripted import ScriptedEngine
 from plait.errors import EngineError, RequestError, UnsupportedJoin
-from plait.train.pretrained.tokenizer import PretrainedTokenizer
+from plait.tokenizer.fast import FastTokenizer
 from plait.train.prompts import Prompt
 
 pytestmark = [pytest.mark.servers, pytest.mark.filterwarnings("default")]
-TOKENIZER = PretrainedTokenizer(pretrained_tokenizer())
+TOKENIZER = FastTokenizer.of_fast(pretrained_tokenizer())
 
 
 def prompt(number: int) -> Prompt:
@@ -37,7 +37,7 @@ def prompt(number: int) -> Prompt:
     return Prompt(
         family="long_multiplication",
         question=text,
-        prompt_ids=TOKENIZER.chat_ids(text),
+        prompt_ids=TOKENIZER.prompt_ids(text),
         # Every fourth is never right, so that a group differs.
         grade=lambda response: grade(response, truth) and number % 4 != 3,
         baseline_tokens=400.0,
@@ -90,7 +90,7 @@ def test_a_rows_advantage_is_its_rollouts_against_its_group() -> None:
     verdicts = iter((True, False))
     text, _ = question(0)
     asked = Prompt(
-        family="f", question=text, prompt_ids=TOKENIZER.chat_ids(text), grade=lambda response: next(verdicts)
+        family="f", question=text, prompt_ids=TOKENIZER.prompt_ids(text), grade=lambda response: next(verdicts)
     )
     settings = {"engine": gold_engine, "format": FORMAT, "tokenizer": TOKENIZER, "group_size": 2, "groups": 1}
     made = PlaitRolloutWorker(lambda number: asked, reward={"correctness": {}}, **settings)

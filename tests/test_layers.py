@@ -37,7 +37,7 @@ LAYERS = (
 
 HEAVY = {
     "torch": ("train", "engines/torch"),
-    "transformers": ("train/pretrained", "train/handoff/verifiers.py"),
+    "transformers": ("train/pretrained",),
     "peft": ("train/pretrained",),
     "accelerate": ("train/pretrained",),
     "verl": ("train/handoff/verl.py",),
@@ -45,9 +45,9 @@ HEAVY = {
     "verifiers": ("train/handoff/verifiers.py",),
     "gguf": ("train/gguf.py", "engines/torch/checkpoint.py"),
     "safetensors": ("engines/torch/checkpoint.py",),
-    "tokenizers": ("models/folder.py",),
-    "jinja2": ("models/folder.py",),
-    "numpy": ("engines/llamacpp", "engines/torch", "engines/sampling.py", "train"),
+    "tokenizers": ("tokenizer/fast.py",),
+    "jinja2": ("tokenizer/chat.py",),
+    "numpy": ("engines/llamacpp", "engines/torch", "engines/inprocess.py", "engines/sampling.py", "train"),
     "rich": ("terminal", "commands", "cli.py", "train/display.py"),
     "fastapi": ("server",),
     "starlette": ("server",),

@@ -24,19 +24,17 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention  # noq
 import plait  # noqa: E402
 import tiny_pretrained  # noqa: E402
 from plait.commands.train import train_sft  # noqa: E402
-from plait.engines.torch import TorchEngine  # noqa: E402
 from plait.errors import ModelError, RequestError  # noqa: E402
 from plait.formats import open_format  # noqa: E402
 from plait.formats.base import Block  # noqa: E402
+from plait.tokenizer.fast import FastTokenizer  # noqa: E402
 from plait.train.packing import Bucket, Packer  # noqa: E402
 from plait.train.pretrained.model import BaseConfig, add_control_tokens, load, visible  # noqa: E402
 from plait.train.pretrained.records import Records  # noqa: E402
-from plait.train.pretrained.tokenizer import PretrainedTokenizer  # noqa: E402
 from plait.train.rows import rows  # noqa: E402
 from plait.train.sft import SFTConfig, config_from, load_config, to_toml, train  # noqa: E402
 from plait.train.tensors import inputs, spans  # noqa: E402
 from plait.train.trie import dense_mask, flatten  # noqa: E402
-from plait.types import Request  # noqa: E402
 from random_trees import random_tree  # noqa: E402
 
 FORMAT = "multiverse"
@@ -154,8 +152,9 @@ def test_what_a_user_writes_never_becomes_a_control_token(folder: Path) -> None:
     assert goal in words.encode("a<Goal>b", special=True)
     assert goal not in words.encode("a<Goal>b")
     assert words.decode(words.encode("a<Goal>b")) == "a<Goal>b"
-    words.inner.chat_template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] | trim }}{% endfor %}</s>"
-    ids = words.chat_ids([{"role": "user", "content": "<Goal></s>x"}])
+    model.fast.chat_template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] | trim }}{% endfor %}</s>"
+    words = FastTokenizer.of_fast(model.fast)
+    ids = words.prompt_ids([{"role": "user", "content": "<Goal></s>x"}])
     assert goal not in ids
     assert ids.count(words.eos_ids[0]) == 1, "the template's own marker"
     assert words.decode(ids) == "<s>user: <Goal></s>x</s>"
@@ -165,18 +164,29 @@ def test_a_model_overfits_one_trace_and_says_it_in_the_torch_engine(folder: Path
     outcome = run(config_from(settings(folder, tmp_path)), tmp_path / "out")
     curve = losses(tmp_path / "out")
     assert curve[-1] < 0.05 < 2 < curve[0]
+    served = plait.load_model(str(outcome.model), format=FORMAT)
     model = transformers.AutoModelForCausalLM.from_pretrained(outcome.model)
-    words = PretrainedTokenizer(transformers.AutoTokenizer.from_pretrained(outcome.model))
-    assert model.config.vocab_size >= len(words.inner)
+    assert model.config.vocab_size >= len(served.tokenizer.tokens)
 
-    async def said() -> str:
-        async with TorchEngine(path=outcome.model, dtype="float32") as engine:
-            request = Request(prompt_ids=words.chat_ids("3+4+5+6?"))
-            tree = await plait.run(request, engine=engine, format=open_format(FORMAT, words))
-        assert tree.num_threads == 2
-        return words.decode([id for s in tree.segments.values() if s.thread == "0" for id in s.sampled_ids])
+    async def run_of(question: str) -> plait.Tree:
+        async with served.open_engine(dtype="float32") as engine:
+            return await plait.run(served.request(question), engine=engine, format=served.format)
 
-    assert anyio.run(said).endswith("Answer: 18</s>")
+    tree = anyio.run(run_of, "3+4+5+6?")
+    assert tree.num_threads == 2
+    assert served.answer(tree) == "18"
+    # What was sampled is what was trained, id by id: the prompt, each thread, the join and the end.
+    source = Records(tmp_path / "data.jsonl")
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    fast.add_tokens([transformers.AddedToken(t, special=True, normalized=False) for t in served.format.tags()])
+    trained = source.trace(
+        source.split("train")[0],
+        format=open_format(FORMAT, FastTokenizer.of_fast(fast)),
+        tokenizer=FastTokenizer.of_fast(fast),
+    )
+    assert [(s.id, s.forced_ids, s.sampled_ids) for s in tree.walk()] == [
+        (s.id, s.forced_ids, s.sampled_ids) for s in trained.walk()
+    ]
 
 
 def test_adapters_learn_and_are_merged_into_the_folder(folder: Path, tmp_path: Path) -> None:

@@ -16,14 +16,13 @@ import sys
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
 from plait.engines import open_engine
 from plait.train.handoff.scoring import exact
 from plait.train.handoff.trl import PlaitRolloutWorker
 from plait.train.pretrained.records import Records
-from plait.train.pretrained.tokenizer import PretrainedTokenizer
+from plait.train.pretrained.tokenizer import open_tokenizer
 from plait.types import Budget
 
 SERVER, SEED = "http://127.0.0.1:8000", 1
@@ -52,7 +51,7 @@ def config(out: str, **more: Any) -> AsyncGRPOConfig:
 
 
 def main(model: str, data: str, out: str) -> None:
-    tokenizer = PretrainedTokenizer(AutoTokenizer.from_pretrained(model))
+    fast, tokenizer = open_tokenizer(model)
     records = Records(data)
     worker = PlaitRolloutWorker(
         lambda number: records.prompt(records.at(number, seed=SEED), tokenizer=tokenizer, grade=exact),
@@ -68,7 +67,7 @@ def main(model: str, data: str, out: str) -> None:
     trainer = AsyncGRPOTrainer(
         model=model,
         args=config(out),
-        processing_class=tokenizer.inner,
+        processing_class=fast,
         # The worker asks; TRL counts epochs by it.
         train_dataset=Dataset.from_list([{"prompt": r["prompt"]} for r in records.split("train")]),
         rollout_worker=worker,

@@ -18,9 +18,10 @@ from plait.engines import Engine, is_address, open_engine
 from plait.engines.scripted import Script
 from plait.errors import ModelError, RequestError, nearest
 from plait.formats import FORMATS, BudgetLevels, TrajectoryFormat, open_format
-from plait.models.folder import FileTokenizer, describe_folder
+from plait.models.folder import describe_folder
 from plait.models.header import Header, read_header
 from plait.tokenizer import FixedTokenizer, Tokenizer, Vocabulary
+from plait.tokenizer.fast import FastTokenizer
 from plait.tree import Tree
 from plait.types import JoinKind, Request
 
@@ -129,7 +130,7 @@ class Model:
         if settings.setdefault("conditioned", self.levels is not None) and self.levels is None and self.script is None:
             raise RequestError(f"{self.name} was not trained to read a budget in its prompt; leave out `conditioned`")
         if self.plain:
-            assert isinstance(self.tokenizer, FileTokenizer)
+            assert isinstance(self.tokenizer, FastTokenizer)
             return Request(prompt_ids=self.tokenizer.prompt_ids(question), **settings)
         problem = tasks.parse(question)
         if self.families and problem.family not in self.families:
@@ -153,8 +154,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
 
 
 def response_text(tree: Tree, tokenizer: Tokenizer) -> str:
-    """What the root thread sampled."""
-    return tokenizer.decode([id for s in tree.segments.values() if s.thread == "0" for id in s.sampled_ids])
+    """What the root thread sampled, but for what ends a text: every vocabulary spells that in its own way."""
+    own = (id for s in tree.segments.values() if s.thread == "0" for id in s.sampled_ids)
+    return tokenizer.decode([id for id in own if id not in tokenizer.eos_ids])
 
 
 def load_model(name_or_path: str = DEFAULT, *, format: str | None = None) -> Model:
@@ -220,7 +222,7 @@ def _folder(path: Path, name: str, format: str | None) -> Model:
     described = describe_folder(path)
     config: Mapping[str, Any] = described["config"]
     about: Mapping[str, Any] | None = described["plait"]
-    tokenizer = FileTokenizer(path, trained=about is not None)
+    tokenizer = FastTokenizer.of_folder(path)
     if about is None:
         if format is None:
             raise RequestError(

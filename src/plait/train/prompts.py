@@ -27,7 +27,7 @@ class Prompt:
     """In plain words, for people."""
     prompt_ids: tuple[int, ...]
     grade: Callable[[str], bool]
-    """Whether a response is right; it is given what the root thread sampled, never the prompt."""
+    """Whether a response is right; it is given what the root thread sampled, never the prompt or an end-of-sequence."""
     baseline_tokens: float | None = None
     """Sampled tokens of a sequential solution, for rewards that compare with it."""
     forks: bool | None = None

@@ -49,7 +49,7 @@ class PlaitRolloutWorker:
         prompts: Prompt number n, for n from 0 on; the same number is always the same prompt.
         engine: Makes an engine that is not open yet; called once, in the worker's thread.
         format: Trajectory format that the model was trained in.
-        tokenizer: The model's, as `PretrainedTokenizer`.
+        tokenizer: The model's, as `FastTokenizer`.
         group_size: Rollouts of a prompt.
         groups: Prompts that are sampled at once.
         reward: Terms of `[reward]`.

@@ -20,8 +20,9 @@ from plait.errors import EngineError, EngineUnavailable
 from plait.formats import open_format
 from plait.models import response_text
 from plait.tokenizer import Tokenizer
+from plait.tokenizer.fast import FastTokenizer
 from plait.train.handoff.token_rows import TokenRow, check_rows, token_rows
-from plait.train.pretrained.tokenizer import PretrainedTokenizer
+from plait.train.pretrained.tokenizer import open_tokenizer
 from plait.train.prompts import Prompt
 from plait.train.rollouts import rollout_seed, sample
 from plait.tree import Tree
@@ -130,14 +131,12 @@ class PlaitHarness(Harness[PlaitHarnessConfig]):
     def __init__(self, config: PlaitHarnessConfig) -> None:
         super().__init__(config)
         check_rows(config.format)
-        self._tokenizer: PretrainedTokenizer | None = None
+        self._tokenizer: FastTokenizer | None = None
 
-    def open_tokenizer(self, model: str) -> PretrainedTokenizer:
+    def open_tokenizer(self, model: str) -> FastTokenizer:
         """The model's tokenizer, read once."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = PretrainedTokenizer(AutoTokenizer.from_pretrained(self.config.tokenizer or model))
+            _, self._tokenizer = open_tokenizer(self.config.tokenizer or model)
         return self._tokenizer
 
     def open_engine(self, ctx: ModelContext) -> Any:
@@ -170,7 +169,7 @@ class PlaitHarness(Harness[PlaitHarnessConfig]):
         prompt = Prompt(
             family=trace.task.type,
             question=messages[-1]["content"],
-            prompt_ids=tokenizer.chat_ids(messages),
+            prompt_ids=tokenizer.prompt_ids(messages),
             grade=lambda response: False,
         )
         request = Request(

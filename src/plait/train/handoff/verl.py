@@ -21,9 +21,9 @@ from uuid import uuid4
 from plait.engines.base import EngineStats
 from plait.errors import ContextLengthError, EngineError, EngineProtocolError, EngineUnavailable, UnsupportedJoin
 from plait.formats import open_format
+from plait.tokenizer.fast import FastTokenizer
 from plait.train.handoff.scoring import LoneReward, named
 from plait.train.handoff.token_rows import TokenRow, check_rows, token_rows
-from plait.train.pretrained.tokenizer import PretrainedTokenizer
 from plait.train.prompts import Prompt
 from plait.train.rollouts import Rollout, rollout_seed, sample
 from plait.types import Budget, Chunk, Context, Merge, Request, SamplingParams, StopReason
@@ -157,7 +157,7 @@ class PlaitAgentLoop(AgentLoopBase):
     ) -> None:
         super().__init__(*args, **kwargs)
         check_rows(format)
-        self._words = PretrainedTokenizer(self.tokenizer)
+        self._words = FastTokenizer.of_fast(self.tokenizer)
         self._format = open_format(format, self._words, **dict(options or {}))
         length = int(self.rollout_config.response_length)
         self._budget = Budget(**({"max_tokens": length} | dict(budget or {})))

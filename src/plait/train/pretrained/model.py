@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plait.errors import ModelError, RequestError
+from plait.tokenizer.fast import FastTokenizer
 from plait.train import machine
 from plait.train.pretrained.config import BaseConfig
-from plait.train.pretrained.tokenizer import PretrainedTokenizer
 from plait.train.ranks import whole
 
 try:
@@ -43,14 +43,15 @@ class Pretrained(nn.Module):
 
     Args:
         inner: A causal model of transformers, or one that peft wrapped.
-        tokenizer: Its own.
+        fast: Its tokenizer, a fast one of transformers.
         flex: Whether attention is FlexAttention.
         bf16: Whether it multiplies in bfloat16.
     """
 
-    def __init__(self, inner: Any, tokenizer: PretrainedTokenizer, *, flex: bool = False, bf16: bool = False) -> None:
+    def __init__(self, inner: Any, fast: Any, *, flex: bool = False, bf16: bool = False) -> None:
         super().__init__()
-        self.inner, self.tokenizer, self.flex, self.bf16 = inner, tokenizer, flex, bf16
+        self.inner, self.fast, self.flex, self.bf16 = inner, fast, flex, bf16
+        self.tokenizer = FastTokenizer.of_fast(fast, eos_ids=[c.eos_token_id for c in _configs(self.plain)])
 
     @property
     def plain(self) -> Any:
@@ -177,7 +178,12 @@ class Pretrained(nn.Module):
         if about is not None:
             model.config.plait = dict(about)
         model.save_pretrained(folder)
-        self.tokenizer.inner.save_pretrained(folder)
+        self.fast.save_pretrained(folder)
+
+
+def _configs(model: Any) -> list[Any]:
+    """What is saved as `generation_config.json` and `config.json`."""
+    return [config for config in (getattr(model, "generation_config", None), model.config) if config is not None]
 
 
 def visible(end: Tensor, hide_lo: Tensor, hide_hi: Tensor) -> Callable[[Any, Any, Any, Any], Tensor]:
@@ -256,7 +262,7 @@ def load(config: BaseConfig, *, tags: Sequence[str], bf16: bool = False) -> Pret
     if config.lora_rank:
         model = _adapted(model, config, new or tokenizer.convert_tokens_to_ids(list(tags)))
     model.to(device).train()
-    return Pretrained(model, PretrainedTokenizer(tokenizer), flex=flex, bf16=bf16)
+    return Pretrained(model, tokenizer, flex=flex, bf16=bf16)
 
 
 def _adapted(model: Any, config: BaseConfig, tokens: Sequence[int]) -> Any:

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from plait.errors import RequestError
+from plait.errors import ModelError, RequestError
 from plait.formats import open_format, render
 from plait.formats.base import TrajectoryFormat
+from plait.tokenizer.fast import FastTokenizer
 from plait.train.data import Source
-from plait.train.pretrained.tokenizer import PretrainedTokenizer
 from plait.train.prompts import Prompt
 from plait.tree import Tree
 
@@ -76,21 +77,26 @@ class Records:
         random.Random(f"order/{seed}/{turn}").shuffle(order)
         return records[order[place]]
 
-    def trace(self, record: dict[str, Any], *, format: TrajectoryFormat, tokenizer: PretrainedTokenizer) -> Tree:
+    def trace(self, record: dict[str, Any], *, format: TrajectoryFormat, tokenizer: FastTokenizer) -> Tree:
         """A record's response as a tree, read strictly.
 
         Raises:
-            RequestError: It has none, or the format does not read it; says the line.
+            RequestError: It has none, the format does not read it, or the vocabulary cannot write it; says the line.
         """
         response = record.get("response")
         if not isinstance(response, str):
             raise RequestError(f"{self.path}, line {record['line']} has no `response` to learn from")
+        with self._line(record):
+            ids = tokenizer.prompt_ids(record["prompt"])
+            return render(format.read(response), format=format, tokenizer=tokenizer, prompt_ids=ids)
+
+    @contextmanager
+    def _line(self, record: dict[str, Any]) -> Iterator[None]:
+        """Says of what fails in it which line it is about."""
         try:
-            trajectory = format.read(response)
-        except ValueError as exc:
+            yield
+        except (ValueError, ModelError) as exc:
             raise RequestError(f"{self.path}, line {record['line']}: {exc}") from exc
-        ids = tokenizer.chat_ids(record["prompt"])
-        return render(trajectory, format=format, tokenizer=tokenizer, prompt_ids=ids)
 
     def source(self, format: str, tokenizer: Any) -> Source:
         """Draws traces as a stream of batches asks for them; there is one family, and its name does not matter."""
@@ -108,23 +114,22 @@ class Records:
         """Its records as prompts for reinforcement learning."""
         return RecordQuestions(self, tokenizer, grade, seed)
 
-    def prompt(
-        self, record: dict[str, Any], *, tokenizer: PretrainedTokenizer, grade: Callable[[str, Any], bool]
-    ) -> Prompt:
-        """A record as a question; its grader is given the response without the last end-of-sequence.
+    def prompt(self, record: dict[str, Any], *, tokenizer: FastTokenizer, grade: Callable[[str, Any], bool]) -> Prompt:
+        """A record as a question.
 
         Raises:
-            RequestError: It has no answer.
+            RequestError: It has no answer, or its prompt cannot be written; says the line.
         """
         if "answer" not in record:
             raise RequestError(f"{self.path}, line {record['line']} has no `answer` to grade by")
         given, answer = record["prompt"], record["answer"]
-        end = tokenizer.decode(tokenizer.eos_ids)
+        with self._line(record):
+            prompt_ids = tokenizer.prompt_ids(given)
         return Prompt(
             family=str(record.get("family", self.path.stem)),
             question=given if isinstance(given, str) else given[-1]["content"],
-            prompt_ids=tokenizer.chat_ids(given),
-            grade=lambda response: bool(grade(response.removesuffix(end), answer)),
+            prompt_ids=prompt_ids,
+            grade=lambda response: bool(grade(response, answer)),
             baseline_tokens=record.get("baseline_tokens"),
         )
 
