@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from plait.engines.torch.blocks import Cells
@@ -67,7 +69,7 @@ def assemble(pieces: Sequence[Piece], outputs: Sequence[int], *, device: torch.d
             cells_GC[g, :seen] = pieces[i].sees
             bias_GRC[g, :, :seen] = 0
             if length > 1:
-                bias_GRC[g, :length, seen - length : seen][np.triu_indices(length, 1)] = -np.inf
+                bias_GRC[g, :length, seen - length : seen][_later(length)] = -np.inf
             places[firsts[i] : firsts[i + 1]] = base + g * width + np.arange(length)
         base += len(members) * width
         groups.append(_group(rows_GR, cells_GC, bias_GRC, device, dtype))
@@ -80,6 +82,12 @@ def assemble(pieces: Sequence[Piece], outputs: Sequence[int], *, device: torch.d
         places=None if in_order else _tensor(places, device),
         outputs=_tensor(np.array(outputs, np.int64), device),
     )
+
+
+@lru_cache(16)
+def _later(length: int) -> npt.NDArray[np.bool_]:
+    """Which tokens [length, length] of a piece come after which."""
+    return np.triu(np.ones((length, length), bool), 1)
 
 
 def _families(pieces: Sequence[Piece], members: Sequence[int]) -> list[list[int]]:
@@ -129,7 +137,7 @@ def _side_by_side(pieces: Sequence[Piece]) -> tuple[Cells, np.ndarray]:
         bias_RC[row : row + length, column : column + own] = 0
         if length > 1:
             last = bias_RC[row : row + length, column + own - length : column + own]
-            last[np.triu_indices(length, 1)] = -np.inf
+            last[_later(length)] = -np.inf
         row, column = row + length, column + own
     return cells_C, bias_RC
 
