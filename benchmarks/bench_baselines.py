@@ -290,9 +290,9 @@ def measured(records: Iterable[Record], problems: Mapping[str, tasks.Problem], w
             if not temperature:
                 out.append(averaged(name, "greedy", by_problem, wall=walls.get((name, "greedy", 0.0), ())))
                 continue
-            most = max(map(len, by_problem.values()))
-            # A problem that was not sampled as often yet would stand in some groups and not in others.
-            whole = {prompt: sorted(s, key=lambda r: r.seed) for prompt, s in by_problem.items() if len(s) == most}
+            # As many as every problem has: those of a pass that is not over would stand for some problems only.
+            most = min(map(len, by_problem.values()))
+            whole = {prompt: sorted(s, key=lambda r: r.seed)[:most] for prompt, s in by_problem.items()}
             for kind in TAKES:
                 for n in doubled(most) if kind == "best" else doubled(most)[1:]:
                     about: dict[str, Any] = {"n": n, "temperature": temperature}
@@ -367,7 +367,9 @@ def picture(rows: Sequence[Measured], temperature: float) -> str:
             continue
         if row.setting == SERIAL:
             name = (
-                "the same, first success" if row.first else f"serial, {row.kind}{'' if row.kind == 'greedy' else '@n'}"
+                "serial, best@n, first success"
+                if row.first
+                else f"serial, {row.kind}{'' if row.kind == 'greedy' else '@n'}"
             )
             label = str(row.n) if row.kind != "greedy" else ""
         elif row.kind == "greedy":

@@ -126,8 +126,8 @@ def _points(title: str, some: Sequence[Series], bounds: tuple[float, float], xla
             parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{TOP + height}"/>')
             parts.append(f'<text x="{at:.1f}" y="{TOP + height + 17}" text-anchor="middle">{tick:,g}</text>')
         parts.append(f'<text x="{left + width}" y="{TOP + height + 33}" text-anchor="end">{escape(xlabel)}</text>')
-        for series in some:
-            colour = colours[series.name]
+        for number, series in enumerate(some):
+            colour, below = colours[series.name], 16 * (number % 2)
             if series.joined and len(series.points) > 1:
                 line = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in series.points)
                 parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
@@ -136,7 +136,7 @@ def _points(title: str, some: Sequence[Series], bounds: tuple[float, float], xla
                 parts.append(f'<line {bar} stroke="{colour}" stroke-opacity=".45"/>')
                 parts.append(f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="3.5" fill="{colour}"/>')
                 if p.label:
-                    parts.append(f'<text x="{x(p.x) + 6:.1f}" y="{y(p.y) - 6:.1f}">{escape(p.label)}</text>')
+                    parts.append(f'<text x="{x(p.x) + 6:.1f}" y="{y(p.y) - 5 + below:.1f}">{escape(p.label)}</text>')
         return parts
 
     return panel
