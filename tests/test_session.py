@@ -200,6 +200,19 @@ async def test_a_slow_reader_slows_the_engine_down() -> None:
     assert isinstance(events[-1], RunEnded)
 
 
+async def test_a_run_whose_events_nobody_wants_goes_on_to_its_end() -> None:
+    program = wide()
+    engine = program.engine()
+    async with open_run(program.request, engine=engine, format=program.format) as watched:
+        for _ in range(500):  # until its writers wait for a reader
+            await anyio.lowlevel.checkpoint()
+        with anyio.fail_after(10):
+            await watched.ended()
+        assert watched.pending() == []
+    assert watched.tree.stop is not None
+    assert watched.tree == await run(program.request, engine=program.engine(), format=program.format)
+
+
 async def test_seeds_follow_the_place_in_the_program() -> None:
     seeds: dict[str, int] = {}
 

@@ -24,7 +24,7 @@ class Channel(AsyncIterator[Event]):
     def __init__(self, size: int) -> None:
         self._size = size
         self._items: deque[Event] = deque()
-        self._closed = False
+        self._closed = self._unread = False
         self._arrived: anyio.Event | None = None
         self._drained: anyio.Event | None = None
 
@@ -37,13 +37,24 @@ class Channel(AsyncIterator[Event]):
             await self._drained.wait()
 
     def put_nowait(self, event: Event) -> None:
-        self._items.append(event)
-        self._wake()
+        if not self._unread:
+            self._items.append(event)
+            self._wake()
 
     def close(self) -> None:
         """Say that nothing more comes; what was put can still be read."""
         self._closed = True
         self._wake()
+
+    async def ended(self) -> None:
+        """Wait for the end without reading: events are dropped, and cost their writers nothing."""
+        self._unread = True
+        self._items.clear()
+        if self._drained is not None:
+            self._drained.set()
+        while not self._closed:
+            self._arrived = anyio.Event()
+            await self._arrived.wait()
 
     def pending(self) -> list[Event]:
         """Take out everything that was not read yet."""

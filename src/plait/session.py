@@ -75,6 +75,10 @@ class Run:
         """Events that were not read yet; after leaving early, all that is left to log."""
         return self._channel.pending()
 
+    async def ended(self) -> None:
+        """Wait until it has ended, where nobody wants its events: only the tree."""
+        await self._channel.ended()
+
 
 @asynccontextmanager
 async def open_run(
@@ -123,8 +127,7 @@ async def run(
 ) -> Tree:
     """Run a request to its end. See `open_run`."""
     async with open_run(request, engine=engine, format=format, meta=meta) as run:
-        async for _ in run:
-            pass
+        await run.ended()
     return run.tree
 
 

@@ -87,13 +87,20 @@ def piece(token_ids: Any, logprobs: Any, **rest: Any) -> Piece:
         EngineProtocolError: They hold other things than token ids and numbers, or not one number for each id.
     """
     ids: tuple[Any, ...] = tuple(token_ids or ())
-    if not all(isinstance(id, int) and id >= 0 for id in ids):
-        raise EngineProtocolError(f"C4: the server gave token ids that are none: {list(ids)[:8]}")
+    # Loops and not generators, for this runs at every token.
+    for id in ids:
+        if not isinstance(id, int) or id < 0:
+            raise EngineProtocolError(f"C4: the server gave token ids that are none: {list(ids)[:8]}")
     given: tuple[Any, ...] = tuple(logprobs or ())
-    if given and (len(given) != len(ids) or not all(isinstance(p, int | float) for p in given)):
+    if given and len(given) != len(ids):
         raise EngineProtocolError(f"C6: the server gave {len(given)} log-probabilities for {len(ids)} tokens")
-    # Rounding on the server may leave a probability a hair above one.
-    return Piece(token_ids=ids, logprobs=tuple(min(0.0, float(p)) for p in given), **rest)
+    values: list[float] = []
+    for value in given:
+        if not isinstance(value, int | float):
+            raise EngineProtocolError(f"C6: the server gave log-probabilities that are no numbers: {list(given)[:8]}")
+        # Rounding on the server may leave a probability a hair above one.
+        values.append(min(0.0, float(value)))
+    return Piece(token_ids=ids, logprobs=tuple(values), **rest)
 
 
 def finish_of(reason: Any) -> Finish | None:
