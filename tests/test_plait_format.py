@@ -16,7 +16,7 @@ from plait.formats import Block, Fork, Malformed, Return, format_class, open_for
 from plait.formats.base import TrajectoryFormat
 from plait.formats.text import CharTokenizer
 from plait.session import run
-from plait.tasks.vocabulary import TOKENIZER
+from plait.tasks.vocabulary import SEARCH, TOKENIZER
 from plait.testing.clock import run_virtual
 from plait.tree import Tree
 from plait.types import Budget, Context, Request, StopReason, context_positions
@@ -272,6 +272,15 @@ def test_apr_reads_no_solution_of_a_search_that_was_cut_off_and_refuses_invented
     format, tokenizer = opened("apr")
     asked = format.parse(tokenizer.encode(CALL.replace("#0,0\n<End", "#0,7\n<End"), special=True), 0)
     assert asked == Malformed(note="it calls node #0,7, which this call did not generate")
+
+
+def test_apr_refuses_a_message_whose_result_the_vocabulary_cannot_say() -> None:
+    format = open_format("apr", SEARCH)
+    call = CALL.replace("#0,0\n<End", "#=\n<End")
+    asked = format.parse(SEARCH.encode(call, special=True), 0)
+    assert isinstance(asked, Malformed)
+    assert asked.note.startswith("it calls no node but 'Moving to Node #='")
+    assert isinstance(format.parse(SEARCH.encode(CALL, special=True), 0), Fork)
 
 
 def test_messages_that_do_not_fit_the_parents_context_are_left_out() -> None:

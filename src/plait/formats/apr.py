@@ -21,7 +21,8 @@ block is replaced by what came of it, so the parent's context holds no trace of 
 
 or `<No Solution in Sub Search 0 at level 1 at Node #0,0>` for one that found none. A child that was sent to no node
 returns its last line. Children do not call, as in the released code. The two call tags must be one token each;
-everything else is plain text. A node that the present call did not generate is malformed.
+everything else is plain text. A node that the present call did not generate is malformed, and so is a message to no node
+where the vocabulary has no words for what comes of it.
 """
 
 from __future__ import annotations
@@ -76,6 +77,14 @@ class APR(TrajectoryFormat):
         self._eos = tokenizer.eos_ids
         self._call, self._end_call = self.control_id(tokenizer, _CALL), self.control_id(tokenizer, _END_CALL)
         self.fork_ids = (self._call, self._end_call)
+        self._nodeless = self._spells(f"{_RESULTS}\n<No Solution in Sub Search 0 at level 1>\n{_END_RESULTS}")
+        """Whether this vocabulary has a way to say what came of a search that was sent to no node."""
+
+    def _spells(self, text: str) -> bool:
+        try:
+            return bool(ids(self._tokenizer, text))
+        except RequestError:
+            return False
 
     @classmethod
     def tags(cls) -> tuple[str, ...]:
@@ -104,6 +113,8 @@ class APR(TrajectoryFormat):
             told = nodes.written_out(sent[1]) if sent else message
             if told is None:
                 return Malformed(note=f"it calls node #{sent and sent[1]}, which this call did not generate")
+            if told and not sent and not self._nodeless:
+                return Malformed(note=f"it calls no node but {told!r}; this vocabulary cannot say what comes of that")
             if told:
                 header = (*self._tokenizer.bos_ids, *ids(self._tokenizer, told))
                 branches.append(Branch(header_ids=header, label=message, key=match[1]))
