@@ -21,8 +21,8 @@ block is replaced by what came of it, so the parent's context holds no trace of 
 
 or `<No Solution in Sub Search 0 at level 1 at Node #0,0>` for one that found none. A child that was sent to no node
 returns its last line. Children do not call, as in the released code. The two call tags must be one token each;
-everything else is plain text. A node that the present call did not generate is malformed, and so is a message to no node
-where the vocabulary has no words for what comes of it.
+everything else is plain text. A node that the present call did not generate is malformed, and so is a message to no
+node where the vocabulary has no words for what comes of it.
 """
 
 from __future__ import annotations
