@@ -35,12 +35,12 @@ pytestmark = [pytest.mark.servers, pytest.mark.filterwarnings("default")]
 
 
 class Words:
-    """The embedded vocabulary with the methods that the harness asks of a tokenizer of transformers."""
+    """The embedded vocabulary with the methods that the harness asks of a tokenizer."""
 
     eos_ids, bos_ids = TOKENIZER.eos_ids, TOKENIZER.bos_ids
     encode, decode, control_id = TOKENIZER.encode, TOKENIZER.decode, TOKENIZER.control_id
 
-    def chat_ids(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+    def prompt_ids(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         return (*self.bos_ids, *self.encode("".join(m["content"] for m in messages)))
 
 

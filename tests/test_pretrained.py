@@ -23,6 +23,8 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention  # noq
 
 import plait  # noqa: E402
 import tiny_pretrained  # noqa: E402
+import tiny_tokenizers  # noqa: E402
+from plait.cli import main  # noqa: E402
 from plait.commands.train import train_sft  # noqa: E402
 from plait.errors import ModelError, RequestError  # noqa: E402
 from plait.formats import open_format  # noqa: E402
@@ -55,10 +57,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny_pretrained.write(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def data(path: Path, trace: Any = TRACE) -> Path:
+def data(path: Path, trace: Any = TRACE, *, prompt: str = "3+4+5+6?") -> Path:
     """One trace as a line of JSON."""
     text = plait.formats.text_format(FORMAT).write(trace)
-    path.write_text(json.dumps({"prompt": "3+4+5+6?", "response": text, "answer": "18"}) + "\n")
+    path.write_text(json.dumps({"prompt": prompt, "response": text, "answer": "18"}) + "\n")
     return path
 
 
@@ -160,33 +162,46 @@ def test_what_a_user_writes_never_becomes_a_control_token(folder: Path) -> None:
     assert words.decode(ids) == "<s>user: <Goal></s>x</s>"
 
 
-def test_a_model_overfits_one_trace_and_says_it_in_the_torch_engine(folder: Path, tmp_path: Path) -> None:
-    outcome = run(config_from(settings(folder, tmp_path)), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("qwen3", ""), ("llama", ""), ("qwen3", "qwen"), ("llama", "llama-legacy"), ("llama", "llama-first")],
+)
+def test_what_is_trained_is_what_is_sampled_from(
+    kind: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = tiny_tokenizers.fast(words) if words else None
+    folder = tiny_pretrained.write(tmp_path / "base", kind, fast=fast)
+    question = " 3+4+5+6? <Goal></s><|im_end|>"
+    values = settings(folder, tmp_path)
+    values["data"]["path"] = str(data(tmp_path / "data.jsonl", prompt=question))
+    outcome = run(config_from(values), tmp_path / "out")
     curve = losses(tmp_path / "out")
     assert curve[-1] < 0.05 < 2 < curve[0]
-    served = plait.load_model(str(outcome.model), format=FORMAT)
-    model = transformers.AutoModelForCausalLM.from_pretrained(outcome.model)
-    assert model.config.vocab_size >= len(served.tokenizer.tokens)
 
-    async def run_of(question: str) -> plait.Tree:
+    served = plait.load_model(str(outcome.model), format=FORMAT)
+    trainer = load(BaseConfig(path=str(folder), device="cpu"), tags=served.format.tags()).tokenizer
+    assert served.tokenizer.eos_ids == trainer.eos_ids
+
+    async def sampled() -> plait.Tree:
         async with served.open_engine(dtype="float32") as engine:
             return await plait.run(served.request(question), engine=engine, format=served.format)
 
-    tree = anyio.run(run_of, "3+4+5+6?")
+    tree = anyio.run(sampled)
     assert tree.num_threads == 2
-    assert served.answer(tree) == "18"
-    # What was sampled is what was trained, id by id: the prompt, each thread, the join and the end.
     source = Records(tmp_path / "data.jsonl")
-    fast = transformers.AutoTokenizer.from_pretrained(folder)
-    fast.add_tokens([transformers.AddedToken(t, special=True, normalized=False) for t in served.format.tags()])
-    trained = source.trace(
-        source.split("train")[0],
-        format=open_format(FORMAT, FastTokenizer.of_fast(fast)),
-        tokenizer=FastTokenizer.of_fast(fast),
-    )
-    assert [(s.id, s.forced_ids, s.sampled_ids) for s in tree.walk()] == [
-        (s.id, s.forced_ids, s.sampled_ids) for s in trained.walk()
-    ]
+    (record,) = source.split("train")
+    trace = source.trace(record, format=open_format(FORMAT, trainer), tokenizer=trainer)
+    # Id by id: the prompt, each thread, the join and the end.
+    calls = [[(s.id, s.forced_ids, s.sampled_ids) for s in t.walk()] for t in (tree, trace)]
+    assert calls[0] == calls[1]
+
+    ask = ["solve", question, "--engine", f"torch:{outcome.model}", "--format", FORMAT, "--json"]
+    with pytest.raises(SystemExit, match="0"):
+        main([*ask, "--engine-option", "dtype=float32", "--engine-option", "device=cpu"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["text"] == served.text(tree)
+    assert said["text"].endswith("\nAnswer: 18")
+    transformers.AutoModelForCausalLM.from_pretrained(outcome.model)
 
 
 def test_adapters_learn_and_are_merged_into_the_folder(folder: Path, tmp_path: Path) -> None:

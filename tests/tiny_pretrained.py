@@ -12,25 +12,26 @@ CHARACTERS = [chr(c) for c in range(32, 127)] + ["\n"]
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
-def write(folder: Path, kind: str, *, tied: bool = True, spare: int = 0) -> Path:
+def write(folder: Path, kind: str, *, tied: bool = True, spare: int = 0, fast: Any = None) -> Path:
     """A folder as transformers saves it.
 
     Args:
         kind: `qwen3` or `llama`.
         spare: Rows of the embedding beyond the vocabulary.
+        fast: Its tokenizer instead of one of characters.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-    words = {text: id for id, text in enumerate((*SPECIAL, *CHARACTERS))}
-    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    inner.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    if fast is None:
+        words = {text: id for id, text in enumerate((*SPECIAL, *CHARACTERS))}
+        inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+        inner.decoder = decoders.Fuse()
+        fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
     sizes: dict[str, Any] = {
-        "vocab_size": len(words) + spare,
+        "vocab_size": len(fast) + spare,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -39,8 +40,8 @@ def write(folder: Path, kind: str, *, tied: bool = True, spare: int = 0) -> Path
         "head_dim": 8,
         "max_position_embeddings": 512,
         "tie_word_embeddings": tied,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        "bos_token_id": fast.bos_token_id,
+        "eos_token_id": fast.eos_token_id,
         "initializer_range": 0.05,
     }
     torch.manual_seed(0)
