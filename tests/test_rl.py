@@ -19,7 +19,7 @@ from plait.commands.trace import show  # noqa: E402
 from plait.commands.view import view  # noqa: E402
 from plait.engines.scripted import ScriptedEngine  # noqa: E402
 from plait.errors import EngineError, ModelError, RequestError  # noqa: E402
-from plait.tasks.vocabulary import TOKENIZER  # noqa: E402
+from plait.tasks.vocabulary import TOKENIZER, WIDE  # noqa: E402
 from plait.train import checkpoint  # noqa: E402
 from plait.train.policy import Judged, experiences  # noqa: E402
 from plait.train.rewards import Outcome  # noqa: E402
@@ -289,6 +289,11 @@ def test_a_config_reads_back_what_was_written(tmp_path: Path) -> None:
     more = load_rl_config(tmp_path / "c.toml", {"rollout.group_size": 2, "reward.correctness.wrong": 0})
     assert more.rollout.group_size == 2
     assert more.reward["correctness"] == {"wrong": 0}
+
+
+def test_a_model_that_starts_from_nothing_has_the_vocabulary_of_its_data() -> None:
+    sizes = [own.model.vocab_size for own in (config(), config(data={"vocabulary": "wide"})) if own.model is not None]
+    assert sizes == [len(TOKENIZER.tokens), len(WIDE.tokens)]
 
 
 @pytest.mark.parametrize(

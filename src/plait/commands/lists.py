@@ -47,7 +47,8 @@ def models(name: str | None = None, *, as_json: bool = False) -> int:
             print(f"  {row['error']}")
             continue
         print(f"  {row['weights'] / 1e6:.2f} M weights, {row['dtype']}, contexts of {row['max_context']} tokens")
-        print(f"  {row['format']} format, {row['join']} join; {', '.join(row['families'])}")
+        join = "no join" if row["join"] == "none" else f"{row['join']} join"
+        print(f"  {row['format']} format, {join}; {', '.join(row['families'])}")
     print(f"{GOLD}\n  gold traces in place of a model, on the scripted engine: the ceiling of every measure")
     print("\nA GGUF file that `plait train sft` wrote is named by its path. `plait models NAME` says all about one.")
     return 0
