@@ -331,7 +331,7 @@ def results(rows: Sequence[Measured]) -> str:
 
 
 def differences(rows: Sequence[Measured], temperature: float) -> str:
-    """Each parallel setting against the serial twin: greedy, and best of as many as need its tokens at least."""
+    """Each parallel setting against the serial twin: greedy, and best of as many as cost just less and just more."""
     serial = [row for row in rows if row.setting == SERIAL]
     lines: list[Sequence[str]] = [
         ("parallel", "against serial", "problems", "points more (95 %)", "total tokens", "critical path")
@@ -346,8 +346,8 @@ def differences(rows: Sequence[Measured], temperature: float) -> str:
                 for row in serial
                 if (row.kind, row.first, row.temperature) == ("best", first, temperature) and row.n > 1
             ]
-            enough = [row for row in samples if row.total >= own.total]
-            others += (enough or samples[::-1])[:1]
+            others += [row for row in samples if row.total < own.total][-1:]
+            others += [row for row in samples if row.total >= own.total][:1]
         for other in others:
             both = own.right.keys() & other.right.keys()
             less = [100 * (own.right[prompt] - other.right[prompt]) for prompt in both]

@@ -94,7 +94,7 @@ def test_samples_are_counted_in_groups_of_n() -> None:
     assert rows["message 8", "greedy", 1, False].total == 2000
 
 
-def test_a_parallel_setting_meets_the_baseline_that_needs_its_tokens_at_least(
+def test_a_parallel_setting_meets_the_baselines_that_cost_just_less_and_just_more(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, svg = tmp_path / "r.jsonl", tmp_path / "b.svg"
@@ -110,11 +110,14 @@ def test_a_parallel_setting_meets_the_baseline_that_needs_its_tokens_at_least(
     ]
     assert [row[1] for row in compared] == [
         "greedy",
+        "best@2, temperature 1",
         "best@4, temperature 1",
+        "best@2, first success, temperature 1",
         "best@4, first success, temperature 1",
     ]
     assert compared[0][2:] == ["6", "+50.0 ± 43.8", "2.86x", "1.29x"]
-    assert compared[1][3:] == ["+0.0 ± 0.0", "0.67x", "1.00x"]
+    assert compared[1][3:] == ["+50.0 ± 0.0", "1.33x", "1.12x"]
+    assert compared[2][3:] == ["+0.0 ± 0.0", "0.67x", "1.00x"]
     names = [text.text for text in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert {"serial, best@n", "message, by children", "right, by critical path"} <= set(names)
 
