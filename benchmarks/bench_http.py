@@ -89,10 +89,16 @@ def served(options: argparse.Namespace, slots: int) -> Iterator[str]:
 async def by_hand(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> int:
     """Tokens that came."""
     count = 0
-    async with client.stream("POST", url, json=body) as response:
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                count += num_tokens(json.loads(line[6:]))
+    try:
+        async with client.stream("POST", url, json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    count += num_tokens(json.loads(line[6:]))
+    except httpx2.RemoteProtocolError:
+        if count:
+            raise
+        # A llama-server closes each connection after its stream, at times just when the next call is on it.
+        return await by_hand(client, url, body)
     return count
 
 

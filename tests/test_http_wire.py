@@ -19,9 +19,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("h11", reason="needs the http extra")
 
+import h11
+
 from fake_servers import FakeVllm
 from plait.engines.http import HttpEngine, Timeouts
 from plait.engines.http.base import Call, Json
+from plait.engines.http.chunked import Chunked
 from plait.engines.http.client import Client
 from plait.engines.http.llama_server import LlamaServer
 from plait.engines.http.reader import Reader
@@ -45,6 +48,10 @@ def framed(*datas: bytes) -> bytes:
 
 
 END = b"0\r\n\r\n"
+SIZES = ("%x\r\n", "%X\r\n", "%x;a=b\r\n", "%x \r\n", "00%x\r\n", "%x\n", "0x%x\r\n", "+%x\r\n", "%d\r\n")
+"""The first five are good."""
+ENDS = ("0\r\n\r\n", "0\r\na: b\r\nc: d\r\n\r\n", "00\r\n\r\nHTTP", "0\r\n", "-1\r\n\r\n")
+"""The first three are good."""
 
 
 class Said:
@@ -134,6 +141,58 @@ def test_a_body_is_the_same_however_it_was_cut(datas: list[bytes], cuts: list[in
         return found
 
     assert b"".join(anyio.run(read)) == body
+
+
+@settings(deadline=None)
+@given(
+    datas=st.lists(st.binary(min_size=1, max_size=20), max_size=4),
+    size=st.sampled_from(SIZES),
+    end=st.sampled_from(ENDS),
+    change=st.one_of(st.none(), st.tuples(st.integers(0, 100), st.sampled_from([b"", b"\r", b"\n", b"0", b"g", b" "]))),
+    cuts=st.lists(st.integers(0, 100), max_size=5),
+)
+def test_chunks_are_what_h11_takes_them_for(
+    datas: list[bytes], size: str, end: str, change: tuple[int, bytes] | None, cuts: list[int]
+) -> None:
+    sent = b"".join((size % len(data)).encode() + data + b"\r\n" for data in datas) + end.encode()
+    if change is not None:
+        sent = sent[: change[0]] + change[1] + sent[change[0] + 1 :]
+    bounds = [0, *sorted(min(cut, len(sent)) for cut in cuts), len(sent)]
+    parts = [sent[a:b] for a, b in pairwise(bounds)]
+    body = Chunked()
+    found = b"".join(body.feed(part) for part in parts)
+    expected, ended, behind = by_h11(parts)
+    # It is nowhere more lenient, trailers apart, which it does not read.
+    assert expected.startswith(found)
+    assert found == expected or not body.ended
+    if change is None and size in SIZES[:5] and end in ENDS[:3]:
+        assert (body.failure, body.ended, ended, body.rest) == (None, True, True, behind)
+        assert found == b"".join(datas)
+
+
+def by_h11(parts: list[bytes]) -> tuple[bytes, bool, bytes]:
+    """The data, whether the body ended, and what follows it."""
+    http = h11.Connection(h11.CLIENT)
+    http.send(h11.Request(method="GET", target="/", headers=[("host", "x")]))
+    http.send(h11.EndOfMessage())
+    http.receive_data(CHUNKED)
+    assert isinstance(http.next_event(), h11.Response)
+    found = b""
+    for number, part in enumerate(parts, 1):
+        if not part:
+            continue
+        http.receive_data(part)
+        while True:
+            try:
+                event = http.next_event()
+            except h11.RemoteProtocolError:
+                return found, False, b""
+            if not isinstance(event, h11.Data):
+                break
+            found += event.data
+        if isinstance(event, h11.EndOfMessage):
+            return found, True, http.trailing_data[0] + b"".join(parts[number:])
+    return found, False, b""
 
 
 class _Pieces(anyio.abc.ByteStream):

@@ -45,7 +45,7 @@ HEAVY = {
     "verifiers": ("train/handoff/verifiers.py",),
     "gguf": ("train/gguf.py", "engines/torch/checkpoint.py"),
     "safetensors": ("engines/torch/checkpoint.py",),
-    "tokenizers": ("tokenizer/fast.py",),
+    "tokenizers": ("tokenizer/fast.py", "tokenizer/parts.py"),
     "jinja2": ("tokenizer/chat.py",),
     "numpy": ("engines/llamacpp", "engines/torch", "engines/inprocess.py", "engines/sampling.py", "train"),
     "rich": ("terminal", "commands", "cli.py", "train/display.py"),
@@ -58,7 +58,7 @@ HEAVY = {
     "hypothesis": ("testing/strategies.py",),
     "pytest": ("testing/pytest.py",),
     "selenium": (),
-    "h11": ("engines/http/wire.py", "server/connection.py"),
+    "h11": ("engines/http/chunked.py", "engines/http/wire.py", "server/connection.py"),
     "httpx2": ("bench/load.py", "inspect_provider.py", "server/spans.py"),
     "inspect_ai": ("inspect_provider.py",),
     # An engine that is woken from its own thread has to ask the running loop how.

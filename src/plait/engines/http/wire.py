@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
+from plait.engines.http.chunked import Chunked
 from plait.errors import EngineError, EngineTimeout, EngineUnavailable
 
 try:
@@ -204,8 +205,10 @@ class _Connection:
     def __init__(self, stream: ByteStream) -> None:
         self.idle_until = 0.0
         self._stream = stream
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MOST_HEAD_BYTES)
-        self._failure: h11.RemoteProtocolError | None = None
+        self._http = _h11()
+        self._chunked: Chunked | None = None
+        self._ahead = b""
+        """What came with the head."""
 
     async def ask(self, request: h11.Request, content: bytes, wait: Wait) -> h11.Response:
         """Send a request, and read the head of its answer."""
@@ -215,27 +218,41 @@ class _Connection:
         while True:
             event = self._http.next_event()
             if event is h11.NEED_DATA:
-                await self._receive(wait)
+                nothing_heard = not self._http.trailing_data[0]
+                data = await self._received(wait, closed_is_broken=not nothing_heard)
+                if nothing_heard and not data:
+                    raise _Unanswered("the server closed the connection before it answered")
+                self._http.receive_data(data)
             elif isinstance(event, h11.Response):
+                self._chunked = None
+                if any(name == b"transfer-encoding" for name, _ in event.headers):
+                    self._chunked, self._ahead = Chunked(), self._http.trailing_data[0]
                 return event
 
     async def part(self, wait: Wait) -> bytes:
-        parts: list[bytes] = []
+        return await (
+            self._part_of_other(wait) if self._chunked is None else self._part_of_chunked(self._chunked, wait)
+        )
+
+    async def _part_of_chunked(self, body: Chunked, wait: Wait) -> bytes:
+        while not body.ended:
+            if body.failure is not None:
+                raise body.failure
+            data, self._ahead = self._ahead or await self._received(wait), b""
+            if not data:
+                raise h11.RemoteProtocolError("peer closed connection without sending all of its answer")
+            if part := body.feed(data):
+                return part
+        return b""
+
+    async def _part_of_other(self, wait: Wait) -> bytes:
         while self._http.their_state is h11.SEND_BODY:
-            try:
-                event = self._http.next_event()
-            except h11.RemoteProtocolError as exc:
-                self._failure = exc
-                break
+            event = self._http.next_event()
             if event is h11.NEED_DATA:
-                if parts:
-                    break
-                await self._receive(wait)
+                self._http.receive_data(await self._received(wait))
             elif isinstance(event, h11.Data):
-                parts.append(event.data)
-        if self._failure is not None and not parts:
-            raise self._failure
-        return b"".join(parts)
+                return bytes(event.data)
+        return b""
 
     async def _send(self, data: bytes, wait: Wait) -> None:
         with wait.scope() as scope:
@@ -247,8 +264,8 @@ class _Connection:
         if scope.cancelled_caught:
             wait.over()
 
-    async def _receive(self, wait: Wait) -> None:
-        nothing_heard = self._http.their_state is h11.SEND_RESPONSE and not self._http.trailing_data[0]
+    async def _received(self, wait: Wait, *, closed_is_broken: bool = True) -> bytes:
+        """What comes next; nothing at the end of the connection."""
         data = b""
         with wait.scope() as scope:
             try:
@@ -256,20 +273,21 @@ class _Connection:
             except anyio.EndOfStream:
                 pass
             except anyio.BrokenResourceError:
-                if not nothing_heard:
+                if closed_is_broken:
                     raise
         if scope.cancelled_caught:
             wait.over()
-        if nothing_heard and not data:
-            raise _Unanswered("the server closed the connection before it answered")
-        self._http.receive_data(data)
+        return data
 
     def may_go_on(self) -> bool:
         """Whether another call may follow; then it is ready for it."""
-        states = self._http.states
-        if states[h11.CLIENT] is not h11.DONE or states[h11.SERVER] is not h11.DONE or self._http.trailing_data[0]:
+        # h11 knows whether both sides want to go on, and where the body ended that it was asked for.
+        whole, behind = self._http.their_state is h11.DONE, self._http.trailing_data[0]
+        if self._chunked is not None:
+            whole, behind = self._chunked.ended, self._chunked.rest
+        if self._http.our_state is not h11.DONE or not whole or behind:
             return False
-        self._http.start_next_cycle()
+        self._http, self._chunked = _h11(), None
         self.idle_until = anyio.current_time() + _IDLE_S
         return True
 
@@ -281,6 +299,10 @@ class _Connection:
 
     async def aclose(self) -> None:
         await anyio.aclose_forcefully(self._stream)
+
+
+def _h11() -> h11.Connection:
+    return h11.Connection(h11.CLIENT, max_incomplete_event_size=_MOST_HEAD_BYTES)
 
 
 @contextmanager
