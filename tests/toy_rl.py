@@ -49,7 +49,7 @@ def copies(family: str, rng: random.Random, split: str) -> Prompt:
         family=family,
         question=f"copy {digit}",
         prompt_ids=prompt_ids(digit),
-        grade=lambda text: text == f"{digit}<eos>",
+        grade=lambda text: text == str(digit),
         baseline_tokens=2.0,
     )
 

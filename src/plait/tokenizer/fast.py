@@ -9,11 +9,12 @@ in vocabularies like Llama's is with a space. Knows nothing of weights and forma
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.errors import EngineUnavailable, ModelError, RequestError
+from plait.tokenizer import parts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'plait[torch]'"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """What a chat template may write by name."""
-_TEXT: dict[str, Any] = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
-"""A vocabulary for which any text is one unknown token."""
 
 
 class FastTokenizer:
@@ -66,18 +65,12 @@ class FastTokenizer:
         if not self.eos_ids:
             raise ModelError(f"{name} does not say which token ends a text (eos_token, or eos_token_id in config.json)")
 
-        parts = _around(described)
-        self.bos_ids: tuple[int, ...] = _opening_ids(parts)
+        self.bos_ids: tuple[int, ...] = parts.opening_ids(described)
         """What the tokenizer itself puts before a text."""
-        self._opening = _over(inner.model, parts)
-        self._always = any(
-            _prefixes_always(part) for kind in ("normalizer", "pre_tokenizer") for part in _leaves(described[kind])
-        )
-        self._plain = _over(
-            inner.model,
-            _around({**described, **{kind: _continuing(described[kind]) for kind in _KINDS}}),
-        )
-        self._marks = _marks(described)
+        self._opening = parts.plain(inner.model, described)
+        self._spaces_every_stretch = parts.spaces_every_stretch(described)
+        self._plain = parts.continuing(inner.model, described)
+        self._marks = parts.marks(described)
         self._added_by_mark = {self._marks.token_to_id(text): text for text in self._added}
 
     @classmethod
@@ -236,7 +229,7 @@ class FastTokenizer:
             if isinstance(piece, int):
                 ids.append(piece)
                 continue
-            tokenizer = self._opening if opens and (self._always or not number) else self._plain
+            tokenizer = self._opening if opens and (self._spaces_every_stretch or not number) else self._plain
             written = tokenizer.encode(piece, add_special_tokens=False).ids
             if wrong := self._control_ids.intersection(written):
                 name = self._spelled[min(wrong)]
@@ -293,84 +286,6 @@ def _declared(inner: Tokenizer, values: Iterable[Any]) -> list[int]:
             text = _content(one)
             found.append(one if isinstance(one, int) else inner.token_to_id(text) if text is not None else None)
     return [id for id in dict.fromkeys(found) if id is not None]
-
-
-_KINDS = ("normalizer", "pre_tokenizer", "decoder")
-
-
-def _around(described: Mapping[str, Any]) -> Tokenizer:
-    """A tokenizer's parts without its vocabulary."""
-    from tokenizers import Tokenizer
-
-    bare = {**described, "model": _TEXT, "added_tokens": [], "truncation": None, "padding": None}
-    return Tokenizer.from_str(json.dumps(bare))
-
-
-def _over(model: Any, parts: Tokenizer) -> Tokenizer:
-    """A tokenizer of these parts that shares a vocabulary and has no added tokens."""
-    from tokenizers import Tokenizer
-
-    made = Tokenizer(model)
-    made.normalizer, made.pre_tokenizer, made.decoder = parts.normalizer, parts.pre_tokenizer, parts.decoder
-    return made
-
-
-def _marks(described: Mapping[str, Any]) -> Tokenizer:
-    """Finds the added tokens in a text, as the tokenizer itself does, and reads nothing else."""
-    from tokenizers import AddedToken
-
-    marks = _around({**described, "pre_tokenizer": None, "post_processor": None, "decoder": None})
-    marks.add_tokens(
-        [AddedToken(**{key: value for key, value in t.items() if key != "id"}) for t in described["added_tokens"]]
-    )
-    return marks
-
-
-def _opening_ids(parts: Tokenizer) -> tuple[int, ...]:
-    """What is put before a text."""
-    opened = parts.encode("a", add_special_tokens=True)
-    text = next((i for i, put in enumerate(opened.special_tokens_mask) if not put), 0)
-    return tuple(opened.ids[:text])
-
-
-def _leaves(part: Any) -> Iterator[Mapping[str, Any]]:
-    """The parts that stand alone, out of the sequences they come in."""
-    match part:
-        case {"type": "Sequence", **rest}:
-            for within in rest.values():
-                for each in within:
-                    yield from _leaves(each)
-        case {"type": _}:
-            yield part
-        case _:
-            return
-
-
-def _prefixes_always(part: Mapping[str, Any]) -> bool:
-    """Whether it puts a space before each stretch of text, not only before the first."""
-    return (
-        part.get("type") == "Prepend"
-        or (part.get("type") == "ByteLevel" and bool(part.get("add_prefix_space")))
-        or (part.get("type") == "Metaspace" and part.get("prepend_scheme") == "always")
-    )
-
-
-def _continuing(part: Any) -> Any:
-    """A part of a tokenizer that puts nothing before a text and takes nothing off its beginning."""
-    match part:
-        case {"type": "Sequence"}:
-            within = {key: list(filter(None, map(_continuing, v))) for key, v in part.items() if isinstance(v, list)}
-            return {**part, **within}
-        case {"type": "Prepend"}:
-            return None
-        case {"type": "Metaspace"}:
-            return {**part, "prepend_scheme": "never"}
-        case {"type": "ByteLevel"}:
-            return {**part, "add_prefix_space": False}
-        case {"type": "Strip", "content": " "}:
-            return {**part, "start": 0}
-        case _:
-            return part
 
 
 def _joined(pieces: Iterable[int | str]) -> list[int | str]:
