@@ -20,6 +20,7 @@ from plait.formats import open_format
 from plait.models import gold_tree
 from plait.tasks.vocabulary import TOKENIZER
 from plait.tokenizer import Tokenizer
+from plait.train.mixture import Mixture
 from plait.train.packing import PackedBatch, Packer
 from plait.train.trie import TrieBatch, pieces
 from plait.tree import Tree
@@ -54,10 +55,8 @@ class Stream:
         seed: int,
         state: dict[str, Any] | None = None,
     ) -> None:
-        if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-            raise RequestError(f"the mixture is {weights}; it needs a family with a weight above 0")
         self._source, self._seed, self._packer = source, seed, packer
-        self._names, self._weights = tuple(weights), tuple(weights.values())
+        self._mixture = Mixture(weights)
         self._next = 0
         """Tag of the next piece."""
         self._drawn: tuple[int, str, list[TrieBatch]] = (-1, "", [])
@@ -95,7 +94,7 @@ class Stream:
     def _example(self, number: int) -> tuple[str, list[TrieBatch]]:
         if self._drawn[0] != number:
             rng = random.Random(f"{self._seed}/{number}")
-            family = rng.choices(self._names, self._weights)[0]
+            family = self._mixture.draw(rng)
             parts = pieces(self._source(family, rng, "train"))
             assert len(parts) <= PIECES, f"an example has {len(parts)} sequences of its own"
             self._drawn = number, family, parts

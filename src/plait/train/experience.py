@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from plait.train.packing import IGNORED, Bucket, PackedBatch, Packer
+from plait.train.packing import IGNORED, Bucket, PackedBatch, Packer, alone
 from plait.train.trie import TrieBatch
 
 
@@ -53,9 +53,8 @@ def pack(
     batches: list[PolicyBatch] = []
     for tag, experience in enumerate(experiences):
         if len(experience.trie) > packer.longest:
-            alone = Packer([Bucket(rows=1, length=len(experience.trie))], num_spans=spans, pad_id=pad_id)
-            alone.add(experience.trie, tag)
-            batches += [_batch(full, experiences, odd=True) for full in alone.flush()]
+            full = alone(experience.trie, num_spans=spans, pad_id=pad_id, tag=tag)
+            batches.append(_batch(full, experiences, odd=True))
         elif (full := packer.add(experience.trie, tag)) is not None:
             batches.append(_batch(full, experiences))
     return batches + [_batch(full, experiences) for full in packer.flush()]

@@ -127,6 +127,17 @@ class Packer:
         return _pack(batch, self.num_spans, self.pad_id)
 
 
+def alone(example: TrieBatch, *, num_spans: int, pad_id: int = 0, tag: int = 0) -> PackedBatch:
+    """A batch of one example, as long as that is.
+
+    Raises:
+        RequestError: It nests merges deeper than `num_spans`.
+    """
+    packer = Packer([Bucket(rows=1, length=len(example))], num_spans=num_spans, pad_id=pad_id)
+    packer.add(example, tag)
+    return packer.flush()[0]
+
+
 class _Open:
     """A batch that still takes examples."""
 

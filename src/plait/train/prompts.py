@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from plait import tasks
-from plait.errors import RequestError
 from plait.formats import open_format, render
 from plait.models import prompt_ids
 from plait.tokenizer import Tokenizer
+from plait.train.mixture import Mixture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,19 +57,17 @@ class Prompts:
     """
 
     def __init__(self, source: PromptSource, *, weights: Mapping[str, float], seed: int) -> None:
-        if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-            raise RequestError(f"the mixture is {dict(weights)}; it needs a family with a weight above 0")
         self._source, self._seed = source, seed
-        self._names, self._weights = tuple(weights), tuple(weights.values())
+        self._mixture = Mixture(weights)
 
     def __getitem__(self, number: int) -> Prompt:
         rng = random.Random(f"rl/{self._seed}/{number}")
-        return self._source(rng.choices(self._names, self._weights)[0], rng, "train")
+        return self._source(self._mixture.draw(rng), rng, "train")
 
     def held_out(self, count: int) -> list[tuple[int, Prompt]]:
         return [
             (n, self._source(family, random.Random(f"held_out/{family}/{n}"), "held_out"))
-            for family in self._names
+            for family in self._mixture.names
             for n in range(count)
         ]
 

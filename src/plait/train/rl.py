@@ -267,8 +267,7 @@ class _Run:
         """This process's batches: as many as any other's, for all of them run the model together."""
         buckets = [Bucket(rows=rows, length=length) for rows, length in self.config.buckets]
         merges = format_class(self.config.data.format).join_kind == "merge"
-        pad = self.tokenizer.control_id("<pad>") or 0
-        batches = pack(experiences, buckets, num_spans=int(merges), pad_id=pad)
+        batches = pack(experiences, buckets, num_spans=int(merges), pad_id=self.learner.pad_id)
         short = -len(batches) % self.ranks.count
         return list(self.ranks.own(batches + [idle(batch) for batch in batches[:1] * short]))
 

@@ -28,7 +28,7 @@ from plait.train.display import Say
 from plait.train.learners import Learner, open_learner, start_from
 from plait.train.loop import Loop, RunResult
 from plait.train.model import Decoder
-from plait.train.packing import Bucket, PackedBatch, Packer
+from plait.train.packing import Bucket, PackedBatch, Packer, alone
 from plait.train.trie import TrieBatch, pieces
 
 OnEval: TypeAlias = Callable[[Path, int], Mapping[str, Any]]
@@ -193,18 +193,13 @@ class _Run:
         nats, right, tokens, exact = 0.0, 0, 0, 0
         for parts in examples:
             before = tokens - right
-            for batch in map(self._alone, parts):
-                loss, hits = self.learner.forced(batch)
+            for example in parts:
+                loss, hits = self.learner.forced(alone(example, num_spans=self._spans))
                 nats += loss
                 tokens += len(hits)
                 right += int(hits.sum())
             exact += tokens - right == before
         return {"loss": nats / tokens, "token": right / tokens, "exact": exact / len(examples)}
-
-    def _alone(self, example: TrieBatch) -> PackedBatch:
-        packer = Packer([Bucket(rows=1, length=len(example))], num_spans=self._spans)
-        packer.add(example)
-        return packer.flush()[0]
 
     def _held_out(self, family: str) -> list[list[TrieBatch]]:
         count = self.config.eval.problems if self.config.eval.times else 0
@@ -221,8 +216,7 @@ class _Run:
 
     def _packer(self) -> Packer:
         buckets = [Bucket(rows=rows, length=length) for rows, length in self.config.data.buckets]
-        pad = self.learner.tokenizer.control_id("<pad>") or 0
-        return Packer(buckets, num_spans=self._spans, pad_id=pad)
+        return Packer(buckets, num_spans=self._spans, pad_id=self.learner.pad_id)
 
 
 def _fresh(config: SFTConfig) -> Decoder:

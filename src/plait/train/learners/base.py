@@ -60,6 +60,11 @@ class Learner(ABC):
         """Trained numbers."""
         return self.model.num_parameters
 
+    @property
+    def pad_id(self) -> int:
+        """Fills what is left of a row; nothing sees it, so any id will do."""
+        return self.tokenizer.control_id("<pad>") or 0
+
     def compile(self) -> bool:
         """Compile what a step spends its time in, where that is to be asked for; False where nothing here can."""
         return True
