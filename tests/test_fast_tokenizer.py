@@ -21,8 +21,12 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import tiny_tokenizers
+from plait import tasks
 from plait.errors import ModelError, RequestError
+from plait.models import response_text
 from plait.tokenizer.fast import FastTokenizer
+from plait.train.pretrained.tokenizer import open_tokenizer
+from plait.tree import Segment, Tree
 
 pytestmark = pytest.mark.torch
 KINDS = tiny_tokenizers.KINDS
@@ -185,7 +189,28 @@ def test_what_ends_a_text_is_said_by_the_tokenizer_then_by_the_models_configs(tm
     assert FastTokenizer.of_folder(folder).eos_ids == (end, other), "config.json says the other"
 
 
-def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_name_gives_the_tokenizer_with_all_that_ends_a_text(tmp_path: Path) -> None:
+    folder = tiny_tokenizers.write(tmp_path, "qwen")
+    fast, ours = open_tokenizer(str(folder))
+    assert fast.encode("the sky") == ours.encode("the sky")
+    assert ours.eos_ids == FastTokenizer.of_folder(folder).eos_ids
+    for file in ("config.json", "generation_config.json"):
+        (folder / file).unlink()
+    assert open_tokenizer(str(folder))[1].eos_ids == ours.eos_ids[:1], "a tokenizer may be all there is"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_is_graded_without_what_ends_it(kind: str) -> None:
+    ours, *_ = both(kind)
+    problem = tasks.parse("What is 3+4?")
+    for eos in ours.eos_ids:
+        said = Segment(id="0:0", sampled_ids=[*ours.encode("\nAnswer: 7"), eos])
+        response = response_text(Tree({said.id: said}), ours)
+        assert response == "\nAnswer: 7"
+        assert tasks.grade(problem, response)
+
+
+def test_what_cannot_be_written_is_said() -> None:
     words = {text: id for id, text in enumerate(("<unk>", "</s>", *"abc "))}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

@@ -277,6 +277,19 @@ def test_data_that_cannot_be_read_is_named_by_its_line(tmp_path: Path) -> None:
         Records(tmp_path / "none.jsonl")
 
 
+def test_a_text_that_the_vocabulary_cannot_write_is_named_by_its_line(folder: Path, tmp_path: Path) -> None:
+    words = FastTokenizer.of_folder(folder)
+    path = tmp_path / "data.jsonl"
+    for prompt, response in (("caf\u00e9?", "yes"), ("why?", "caf\u00e9")):
+        lines = [{"prompt": "a", "response": "b"}, {"prompt": prompt, "response": response}]
+        path.write_text("\n".join(map(json.dumps, lines)))
+        source, format = Records(path), open_format("sequential", words)
+        right, wrong = source.split("train")
+        assert source.trace(right, format=format, tokenizer=words).num_sampled == 2
+        with pytest.raises(RequestError, match=r"line 2: the text 'caf.*' cannot be written without .* '<unk>'"):
+            source.trace(wrong, format=format, tokenizer=words)
+
+
 def test_records_come_in_passes_each_once(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in range(7)))

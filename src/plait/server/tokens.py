@@ -48,9 +48,9 @@ async def tokenizer_info(asked: Annotated[Asked, Depends(asked)], model: str | N
     """Its special tokens. There is no chat template: the server writes the prompt."""
     tokenizer = asked.service.find(model).model.tokenizer
     return {
-        "tokenizer_class": "FixedTokenizer",
+        "tokenizer_class": type(tokenizer).__name__,
         "vocab_size": len(tokenizer.tokens),
         "bos_token": tokenizer.decode(tokenizer.bos_ids),
-        "eos_token": tokenizer.decode(tokenizer.eos_ids),
+        "eos_token": tokenizer.decode(tokenizer.eos_ids[:1]),
         "chat_template": None,
     }
