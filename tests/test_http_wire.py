@@ -271,6 +271,19 @@ async def test_a_server_that_closes_a_connection_just_when_it_is_used_again_is_a
         assert server.connections == 3, "a new one is no reason to ask again"
 
 
+async def test_connections_that_idled_too_long_are_closed_whoever_calls_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plait.engines.http.wire._IDLE_S", 0.1)
+    server = Said(*[[CHUNKED + framed(b"a"), END] for _ in range(12)])
+    async with pooled(server) as pool:
+        for _ in range(3):
+            async with anyio.create_task_group() as calls:
+                for _ in range(4):
+                    calls.start_soon(parts, pool, server.url)
+            assert len(pool._open) == 4
+            await anyio.sleep(0.2)
+        assert server.connections == 12
+
+
 async def test_what_follows_an_answer_unasked_belongs_to_no_other_call() -> None:
     whole = CHUNKED + framed(b"a") + END
     server = Said([whole + whole.replace(b"a\r", b"b\r")], [whole])

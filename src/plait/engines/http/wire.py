@@ -145,9 +145,12 @@ class Pool:
     async def _kept(self, origin: _Origin) -> _Connection | None:
         """A connection that is still good, the one used last; those that are not are closed."""
         now = anyio.current_time()
+        # All are taken out before the first is closed, which gives way to other calls.
+        expired = [connection for kept in self._idle.values() for connection in kept if connection.idle_until < now]
         for kept in self._idle.values():
-            for connection in [c for c in kept if c.idle_until < now]:
-                kept.remove(connection)
+            kept[:] = [connection for connection in kept if connection.idle_until >= now]
+        for connection in expired:
+            with anyio.CancelScope(shield=True):
                 await self._drop(connection)
         kept = self._idle.get(origin, [])
         while kept:
