@@ -437,21 +437,60 @@ async def test_all_engines_of_a_process_compute_in_one_thread_and_it_ends_with_t
             assert (await call(again, (PROMPT,)))[0] == expected
 
 
+class Machine:
+    """Steps on two cores: twice as fast with both where nothing else runs, 50 times as slow where something does."""
+
+    def __init__(self) -> None:
+        self.pace = Pace.of(None, model_bytes=10**6, cores=2)
+        self.busy = False
+        self.seconds = 0.0
+        self.wasted = 0.0
+
+    def run(self, rows: Sequence[int]) -> list[int]:
+        """How many threads each of these steps got."""
+        chosen: list[int] = []
+        for r in rows:
+            threads = self.pace.choose(r)
+            alone = r * 1e-4 * (2 if self.busy else 1)
+            took = alone if threads == 1 else alone * (25 if self.busy else 0.5)
+            self.pace.record(r, threads, took)
+            self.seconds += took
+            self.wasted += max(0.0, took - alone)
+            chosen.append(threads)
+        return chosen
+
+
+SIZES = [2 + (7 * i) % 31 for i in range(3000)]
+
+
 def test_a_step_gets_the_threads_that_were_fastest_lately() -> None:
+    machine = Machine()
+    assert machine.run(SIZES).count(2) > 2700, "an idle machine"
+    machine.busy, machine.seconds, machine.wasted = True, 0.0, 0.0
+    assert machine.run(SIZES).count(1) > 2950
+    assert machine.wasted < 0.06 * machine.seconds, "neither steps of each size nor trials pay for finding out"
+    machine.busy = False
+    machine.run(SIZES)
+    assert machine.run(SIZES).count(2) > 2700, "it became idle again"
+
+
+def test_on_a_machine_that_is_busy_from_the_start_a_second_thread_is_tried_seldom() -> None:
+    machine = Machine()
+    machine.busy = True
+    machine.run([4, 4])
+    machine.seconds = machine.wasted = 0.0
+    assert machine.run(SIZES).count(1) > 2950
+    assert machine.wasted < 0.06 * machine.seconds
+
+
+def test_nothing_else_is_tried_where_rows_cost_little() -> None:
     pace = Pace.of(None, model_bytes=10**6, cores=2)
-    assert (pace.choose(1), pace.choose(4)) == (1, 2)
-    pace.record(4, 2, 9.0)
-    assert pace.choose(4) == 1
-    pace.record(4, 1, 1.0)
-    chosen = [pace.choose(4) for _ in range(64)]
-    assert chosen.count(2) == 2, "tried again now and then"
-    for _ in range(20):
-        pace.record(4, 2, 0.1)  # the machine became idle
-    assert pace.choose(4) == 2
-    assert pace.choose(3) == 2, "other numbers of rows are measured by themselves"
+    assert pace.choose(1) == 1
     pace.record(1, 1, 1.0)
     pace.record(3, 2, 1.5)
-    assert {pace.choose(3) for _ in range(64)} == {2}, "nothing else is tried where rows cost little"
+    pace.record(4, 2, 9.0)
+    assert {pace.choose(3) for _ in range(64)} == {2}
+    assert pace.choose(4) == 1
 
 
 @pytest.mark.parametrize(

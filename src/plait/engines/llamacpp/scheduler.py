@@ -26,6 +26,8 @@ from plait.errors import EngineError
 from plait.types import Merge, SamplingParams, StopReason, context_cells
 
 _HISTORY = 256
+_TRIAL = 4
+"""Steps with another number of threads than has been fastest."""
 _MARGIN = 16
 """Cells left free for each live call when another is let in, so that it is not pushed out again at once."""
 
@@ -183,7 +185,7 @@ class Scheduler(scheduler.Scheduler[Call]):
         until, spent = self._flush_at, 0.0
         threads = self._pace.choose(slots)
         decoder.set_threads(slots, threads)
-        for step in range(most):
+        for step in range(min(most, _TRIAL) if self._pace.tries else most):
             start = perf_counter()
             code = decoder.decode(slots)
             logits = decoder.logits(slots)
@@ -198,7 +200,7 @@ class Scheduler(scheduler.Scheduler[Call]):
             if ended or now >= until or pressed():
                 break
         self.compute_s += spent
-        self._pace.record(slots, threads, spent / self._steps)
+        self._pace.record(slots, threads, spent, steps=self._steps)
         self._settle()
 
     def _guessing_burst(self) -> None:
