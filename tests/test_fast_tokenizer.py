@@ -222,6 +222,8 @@ def test_what_cannot_be_written_is_said() -> None:
         ours.encode("cabd")
     with pytest.raises(RequestError, match="no chat template"):
         ours.prompt_ids([{"role": "user", "content": "a"}])
+    with pytest.raises(RequestError, match="no messages"):
+        both("qwen")[0].prompt_ids([])
     with pytest.raises(RequestError, match="list is no fast tokenizer"):
         FastTokenizer.of_fast([])
 

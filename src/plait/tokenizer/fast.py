@@ -51,7 +51,7 @@ class FastTokenizer:
         name: str,
     ) -> None:
         described: dict[str, Any] = json.loads(inner.to_str())
-        self._name, self._named, self._source = name, dict(named), template
+        self._name, self._named, self._template = name, dict(named), template
         self._added = {str(t["content"]): int(t["id"]) for t in described["added_tokens"]}
         self._control = {text: id for text, id in self._added.items() if text.replace("\u2581", " ").strip()}
         self._control_ids = frozenset(self._control.values())
@@ -70,8 +70,9 @@ class FastTokenizer:
         self._opening = parts.plain(inner.model, described)
         self._spaces_every_stretch = parts.spaces_every_stretch(described)
         self._plain = parts.continuing(inner.model, described)
+        self._decoder = self._plain.decoder
         self._marks = parts.marks(described)
-        self._added_by_mark = {self._marks.token_to_id(text): text for text in self._added}
+        self._added_by_mark = {self._marks.token_to_id(text): text for text in self._added if text}
 
     @classmethod
     def of_folder(cls, folder: Path) -> FastTokenizer:
@@ -139,8 +140,7 @@ class FastTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         texts = [self._spelled[id] for id in ids if id in self._spelled]
-        decoder = self._plain.decoder
-        return decoder.decode(texts) if decoder is not None else " ".join(texts)
+        return self._decoder.decode(texts) if self._decoder is not None else " ".join(texts)
 
     def control_id(self, text: str) -> int | None:
         return self._control.get(text)
@@ -170,11 +170,13 @@ class FastTokenizer:
             RequestError: There are messages and no template, or the vocabulary cannot write them.
             ModelError: The template cannot be filled in.
         """
-        if self._source is None:
+        if self._template is None:
             if not isinstance(messages, str):
                 raise RequestError("the prompt is a list of messages, and this tokenizer has no chat template")
             return (*self.bos_ids, *self._ids(self._pieces(messages), opens=True))
         given = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(map(dict, messages))
+        if not given:
+            raise RequestError("the prompt is a list of no messages")
         slots = [f"\u2060{i}\u2060" for i in range(len(given))]
         shell = self._rendered([{**m, "content": slot} for m, slot in zip(given, slots, strict=True)])
         if shell.count(slots[-1]) != 1:
@@ -204,7 +206,7 @@ class FastTokenizer:
         except ImportError as exc:
             raise EngineUnavailable(f"filling in a chat template needs jinja2: {INSTALL}") from exc
         try:
-            return render(self._source or "", messages, self._named)
+            return render(self._template or "", messages, self._named)
         except Exception as exc:  # a template is a program, and may fail in any way
             raise ModelError(f"the chat template of {self._name} cannot be filled in: {exc}") from exc
 
