@@ -82,6 +82,8 @@ class FakeServer:
     faults: list[Fault] = field(default_factory=list)
     trap: Callable[[dict[str, Any]], Fault | None] = lambda body: None
     """What goes wrong with a POST of this body, where no other fault waits."""
+    spoil: Callable[[dict[str, Any]], None] = lambda event: None
+    """Changes the events of completions before they are sent."""
     seen: list[Seen] = field(default_factory=list)
     running: int = 0
     aborted: int = 0
@@ -287,6 +289,7 @@ class FakeServer:
             if fault is not None and fault.kind == "abort" and count >= fault.after:
                 event = self.aborting(event)
             count += 1
+            self.spoil(event)
             await wire.event(json.dumps(event))
         if self.ends_with_done:
             await wire.event("[DONE]")

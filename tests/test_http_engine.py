@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
@@ -610,6 +611,81 @@ async def test_answers_that_no_server_should_give_name_the_clause() -> None:
         server.heeds_bans = False
         with pytest.raises(EngineProtocolError, match="C4: the server sampled a banned id"):
             await call(engine, banned_ids=(said[2],))
+
+
+def spoiled(*, token_ids: Any = None, logprob: Any = None) -> Callable[[dict[str, Any]], None]:
+    """What spoils the first choice of each event of vLLM's two routes."""
+
+    def spoil(event: dict[str, Any]) -> None:
+        for choice in event["choices"]:
+            if token_ids is not None:
+                choice["token_ids"] = token_ids
+            if logprob is not None and "content" in choice["logprobs"]:
+                choice["logprobs"]["content"][0]["logprob"] = logprob
+            elif logprob is not None:
+                choice["logprobs"]["token_logprobs"] = [logprob]
+
+    return spoil
+
+
+@only_on_asyncio
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("logprob", [math.nan, math.inf, -math.inf, 9.0, 0.002, -(10**400), True, "-1"])
+async def test_a_log_probability_that_is_none_is_refused(native: bool, logprob: Any) -> None:
+    server = FakeVllm(native=native)
+    async with opened(server) as engine:
+        server.spoil = spoiled(logprob=logprob)
+        with pytest.raises(EngineProtocolError, match="C6: the server gave log-probabilities that are none"):
+            await call(engine)
+        assert engine.stats().active == 0
+
+
+@only_on_asyncio
+@pytest.mark.parametrize(("said", "kept"), [(1e-4, 0.0), (-9999.0, -9999.0), (-3.4e38, -3.4e38), (-1, -1.0)])
+async def test_a_log_probability_that_rounding_left_is_taken(said: float, kept: float) -> None:
+    server = FakeVllm()
+    async with opened(server) as engine:
+        server.spoil = spoiled(logprob=said)
+        async with aclosing(engine.generate((PROMPT,), SamplingParams(max_tokens=3))) as chunks:
+            assert [p async for chunk in chunks for p in chunk.logprobs] == [kept] * 3
+
+
+@pytest.mark.parametrize("id", [VOCAB, 2**31, 2**32, 10**12, -1, True, 1.0, "7"])
+async def test_ids_that_no_vocabulary_holds_are_refused_and_cost_no_place(id: Any) -> None:
+    server = FakeVllm()
+    async with opened(server, max_calls=2, vocab_size=VOCAB) as engine:
+        server.spoil = spoiled(token_ids=[id])
+        for _ in range(3):
+            with pytest.raises(EngineProtocolError, match="C4: the server"):
+                await call(engine)
+        server.spoil = spoiled()
+        with anyio.fail_after(10):
+            assert (await call(engine))[0] == await said_by_the_model()
+        assert (engine.stats().active, engine._placement.active) == (0, [0])
+
+
+async def test_ids_of_a_caller_that_no_vocabulary_holds_are_refused_and_cost_no_place() -> None:
+    server = FakeVllm()
+    async with opened(server, max_calls=2) as engine:
+        assert engine.vocab_size is None
+        for id in (2**31, 2**33, 2**40, -1, True, 1.5):
+            with pytest.raises(RequestError, match="token id"):
+                await call(engine, (1, id))  # type: ignore[arg-type]
+        with anyio.fail_after(10):
+            assert (await call(engine))[0] == await said_by_the_model()
+    assert len(server.seen) == 1
+
+
+@only_on_asyncio
+async def test_room_is_given_back_whatever_happens_in_placing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(FakeVllm(), max_calls=1) as engine:
+        for name in ("enter", "leave"):
+            with monkeypatch.context() as patch:
+                patch.setattr(engine._placement, name, lambda *args: 1 // 0)
+                with pytest.raises(ZeroDivisionError):
+                    await call(engine)
+            with anyio.fail_after(10):
+                assert (await call(engine))[1] is StopReason.LENGTH
 
 
 async def test_a_server_that_is_killed_is_an_error_and_its_replica_takes_over() -> None:

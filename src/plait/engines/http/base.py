@@ -6,6 +6,7 @@ pools, retries and placement, which are the same for every server.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -15,6 +16,12 @@ from plait.types import SamplingParams
 
 Json: TypeAlias = dict[str, Any]
 Finish: TypeAlias = Literal["stop", "length", "abort"]
+
+MOST_IDS = 2**31
+"""Ids are below it everywhere: servers and in-process engines keep them as signed integers of 32 bits."""
+_MOST_LOGPROB = 1e-3
+"""Rounding on a server may leave a probability a hair above one; more is no rounding."""
+_LEAST_LOGPROB = -sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,23 +90,32 @@ class Dialect(Protocol):
 def piece(token_ids: Any, logprobs: Any, **rest: Any) -> Piece:
     """A piece from untrusted lists.
 
+    A token that was sampled had a probability above zero: its logarithm is a finite number. Servers write one for a
+    probability that is too small to tell from zero (vLLM -9999, llama-server the least float).
+
     Raises:
-        EngineProtocolError: They hold other things than token ids and numbers, or not one number for each id.
+        EngineProtocolError: They hold other things than token ids and log-probabilities, or not one for each id; or
+            the counts among the rest are none.
     """
     ids: tuple[Any, ...] = tuple(token_ids or ())
     # Loops and not generators, for this runs at every token.
     for id in ids:
-        if not isinstance(id, int) or id < 0:
+        if type(id) is not int or not 0 <= id < MOST_IDS:
             raise EngineProtocolError(f"C4: the server gave token ids that are none: {list(ids)[:8]}")
     given: tuple[Any, ...] = tuple(logprobs or ())
     if given and len(given) != len(ids):
         raise EngineProtocolError(f"C6: the server gave {len(given)} log-probabilities for {len(ids)} tokens")
     values: list[float] = []
     for value in given:
-        if not isinstance(value, int | float):
-            raise EngineProtocolError(f"C6: the server gave log-probabilities that are no numbers: {list(given)[:8]}")
-        # Rounding on the server may leave a probability a hair above one.
+        if type(value) not in (int, float) or not _LEAST_LOGPROB <= value <= _MOST_LOGPROB:
+            raise EngineProtocolError(
+                f"C6: the server gave log-probabilities that are none, finite numbers of 0 at most: {list(given)[:8]}"
+            )
         values.append(min(0.0, float(value)))
+    for name in ("prompt_tokens", "cached_tokens"):
+        count = rest.get(name)
+        if count is not None and (type(count) is not int or count < 0):
+            raise EngineProtocolError(f"the server counts {count!r:.40} {name}")
     return Piece(token_ids=ids, logprobs=tuple(values), **rest)
 
 

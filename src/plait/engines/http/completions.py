@@ -89,7 +89,7 @@ def read_choice(event: Json) -> Piece:
     if not isinstance(choices, list):
         raise EngineProtocolError(f"the server sent an event without choices; it has {sorted(event)[:8]}")
     if not choices:
-        return Piece(**counts)
+        return piece((), (), **counts)
     choice = choices[0]
     if not isinstance(choice, Mapping):
         raise EngineProtocolError(f"the server sent a choice that is no object: {choice!r:.80}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import anyio
 
 from plait.engines.base import EngineStats
-from plait.engines.http.base import Call, Dialect, Json, Piece
+from plait.engines.http.base import MOST_IDS, Call, Dialect, Json, Piece
 from plait.engines.http.client import Busy, Client, Timeouts
 from plait.engines.http.placement import Place, Placement
 from plait.engines.http.probe import Server, probe
@@ -181,17 +181,19 @@ class HttpEngine:
             await self._room.acquire()
         finally:
             self._queued -= 1
-        place = self._placement.enter(token_ids)
-        self._active += 1
-        state = _State(token_ids, params, min(params.max_tokens, self.max_context - len(token_ids)))
         try:
-            while state.stop is None:
-                async with aclosing(self._attempts(place, state)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
+            place = self._placement.enter(token_ids)
+            self._active += 1
+            state = _State(token_ids, params, min(params.max_tokens, self.max_context - len(token_ids)))
+            try:
+                while state.stop is None:
+                    async with aclosing(self._attempts(place, state)) as chunks:
+                        async for chunk in chunks:
+                            yield chunk
+            finally:
+                self._active -= 1
+                self._placement.leave(place, (*token_ids, *state.sampled))
         finally:
-            self._active -= 1
-            self._placement.leave(place, (*token_ids, *state.sampled))
             self._room.release()
 
     async def _attempts(self, place: Place, state: _State) -> AsyncGenerator[Chunk, None]:
@@ -227,7 +229,7 @@ class HttpEngine:
             await self._placement.wait_until_worth_it(place)
         texts = await self._stop_texts(place.base, state.params)
         call = state.call(self.servers[place.base].model, place, texts)
-        reader = Reader(call, dialect)
+        reader = Reader(call, dialect, self.vocab_size)
         headers: dict[str, str] = dict.fromkeys(HEADERS, place.key)
         path = f"{url}{dialect.route(call)}"
         first_s, next_s = self.timeouts.first_token_s, self.timeouts.next_token_s
@@ -323,11 +325,15 @@ class HttpEngine:
         ids = tuple(id for part in context if not isinstance(part, Merge) for id in part)
         if not ids:
             raise RequestError("a context must hold at least one token id")
+        if set(map(type, ids)) != {int}:
+            bad = next(id for id in ids if type(id) is not int)
+            raise RequestError(f"{bad!r} of type {type(bad).__name__} is no token id; ids are integers")
         if len(ids) >= self.max_context:
             raise ContextLengthError(f"the context has {len(ids)} tokens; with one to sample, {self.max_context} fit")
-        if min(ids) < 0 or (self.vocab_size is not None and max(ids) >= self.vocab_size):
-            bad = next(id for id in ids if id < 0 or (self.vocab_size is not None and id >= self.vocab_size))
-            raise RequestError(f"token id {bad} is not in the vocabulary of {self.servers[0].model}")
+        size = self.vocab_size or MOST_IDS
+        if min(ids) < 0 or max(ids) >= size:
+            bad = next(id for id in ids if not 0 <= id < size)
+            raise RequestError(f"token id {bad} is not in the vocabulary of {self.servers[0].model}: 0 to {size - 1}")
         return ids
 
 

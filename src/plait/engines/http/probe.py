@@ -183,7 +183,7 @@ async def _trial(client: Client, url: str, server: Server, dialect: Dialect) -> 
         EngineProtocolError: No token id came back, or no log-probability.
     """
     call = _trial_call(server.model)
-    reader = Reader(call, dialect)
+    reader = Reader(call, dialect, server.vocab_size)
     path = f"{url}{dialect.route(call)}"
     wait = Wait(client.timeouts.first_token_s, f"{path} did not answer")
     async with aclosing(client.events(path, dialect.body(call), {}, wait)) as batches:

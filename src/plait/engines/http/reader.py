@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 
-from plait.engines.http.base import Call, Dialect, Json, Piece
+from plait.engines.http.base import MOST_IDS, Call, Dialect, Json, Piece
 from plait.errors import EngineError, EngineProtocolError
 
 
@@ -16,10 +17,12 @@ class Reader:
     Args:
         call: What was asked.
         dialect: How its server answers.
+        vocab_size: Ids are below it; None where nobody knows.
     """
 
-    def __init__(self, call: Call, dialect: Dialect) -> None:
+    def __init__(self, call: Call, dialect: Dialect, vocab_size: int | None = None) -> None:
         self._call, self._dialect = call, dialect
+        self._vocab_size = vocab_size or MOST_IDS
         self._ends = frozenset(call.end_ids)
         self._banned = frozenset(call.params.banned_ids)
         self._ended = False
@@ -70,9 +73,9 @@ class Reader:
     def _read(self, event: Json) -> Piece:
         try:
             return self._dialect.read(event, self.num_read)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
+        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
             raise EngineProtocolError(
-                f"an event of {self._dialect.kind} has not the documented shape ({exc!r}): {event!r:.200}"
+                f"an event of {self._dialect.kind} has not the documented shape ({exc!r}): {reprlib.repr(event):.200}"
             ) from exc
 
     def _cut(self, piece: Piece) -> Piece:
@@ -82,6 +85,10 @@ class Reader:
         if not self._ends.isdisjoint(ids):
             num = next(n for n, id in enumerate(ids, 1) if id in self._ends)
         num = min(num, self._call.max_tokens - (self.num_read - len(ids)))
+        if max(ids) >= self._vocab_size:
+            raise EngineProtocolError(
+                f"C4: the server sampled the id {max(ids)}; the vocabulary of {self._call.model} has {self._vocab_size}"
+            )
         if not self._banned.isdisjoint(ids[:num]):
             raise EngineProtocolError(f"C4: the server sampled a banned id: {sorted(self._banned & set(ids[:num]))}")
         if params.logprobs and len(piece.logprobs) != len(ids):
