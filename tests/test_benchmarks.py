@@ -86,3 +86,13 @@ async def test_llama_cpp_by_hand_measures_the_same_columns() -> None:
     assert measured.keys() == through_plait.keys()
     assert measured["prefilled_again"] == 0
     assert min(measured[key] for key in ("tokens_per_s", "join_ms", "block_ms", "line_ms")) > 0
+
+
+def test_an_interval_of_a_median_is_the_sign_tests() -> None:
+    pytest.importorskip("httpx2", reason="needs the http extra")
+    from bench_http import median_interval
+
+    # Of 15 values the 4th to the 12th, of 100 the 40th to the 61st: tables of the binomial distribution.
+    assert median_interval([float(n) for n in range(15, 0, -1)]) == (8.0, 4.0, 12.0)
+    assert median_interval([float(n) for n in range(1, 101)]) == (50.5, 40.0, 61.0)
+    assert median_interval([2.0, 1.0]) == (1.5, 1.0, 2.0)

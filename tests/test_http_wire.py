@@ -28,7 +28,7 @@ from plait.engines.http.chunked import Chunked
 from plait.engines.http.client import Client
 from plait.engines.http.llama_server import LlamaServer
 from plait.engines.http.reader import Reader
-from plait.engines.http.wire import Pool, Wait
+from plait.engines.http.wire import Pool, Wait, _Connection
 from plait.errors import EngineError, EngineProtocolError, EngineTimeout, EngineUnavailable
 from plait.types import SamplingParams
 
@@ -202,8 +202,6 @@ class _Pieces(anyio.abc.ByteStream):
         self.pieces, self.closed = pieces, False
 
     async def connected(self, origin: Any, url: str) -> Any:
-        from plait.engines.http.wire import _Connection
-
         return _Connection(self)
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
