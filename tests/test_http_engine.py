@@ -331,6 +331,45 @@ async def test_a_failed_prefill_lets_those_who_waited_go_on() -> None:
     assert sorted(map(str, outcomes)) == sorted(map(str, [EngineProtocolError, StopReason.LENGTH, StopReason.LENGTH]))
 
 
+async def test_calls_that_wait_for_a_prefill_that_stalls_wait_no_longer_than_their_own_limit() -> None:
+    server = FakeVllm()
+    prefix = tuple(k % 37 for k in range(160))
+    took: list[float] = []
+
+    async def one(engine: HttpEngine, k: int) -> None:
+        with pytest.raises(EngineTimeout, match=r"no token came within 0\.6 s"):
+            await call(engine, (*prefix, k))
+        took.append(anyio.current_time() - started)
+
+    async with opened(server, timeouts=Timeouts(first_token_s=0.6)) as engine:
+        server.trap = lambda body: Fault(kind="slow", seconds=30)
+        started = anyio.current_time()
+        async with anyio.create_task_group() as calls:
+            for k in range(5):
+                calls.start_soon(one, engine, k)
+    assert max(took) < 1.1
+    assert len(server.seen) == 5, "each asked for itself in the end"
+
+
+async def test_one_prefill_that_stalls_does_not_fail_those_who_waited_for_it() -> None:
+    server = FakeVllm()
+    prefix = tuple(k % 37 for k in range(160))
+    outcomes: list[Any] = []
+
+    async def one(engine: HttpEngine, k: int) -> None:
+        try:
+            outcomes.append((await call(engine, (*prefix, k)))[1])
+        except EngineTimeout as exc:
+            outcomes.append(type(exc))
+
+    async with opened(server, timeouts=Timeouts(first_token_s=1.0)) as engine:
+        server.faults.append(Fault(kind="slow", seconds=30))
+        async with anyio.create_task_group() as calls:
+            for k in range(3):
+                calls.start_soon(one, engine, k)
+    assert outcomes == [StopReason.LENGTH, StopReason.LENGTH, EngineTimeout]
+
+
 @only_on_asyncio
 async def test_a_call_that_never_began_is_no_relative() -> None:
     placement = Placement(2)

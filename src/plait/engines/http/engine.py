@@ -59,7 +59,7 @@ class HttpEngine:
         timeouts: Limits for each phase of a call.
         retries: How often a call is sent again that failed before its first token.
         share_prefill: Let calls wait that need the same prefix, until the first of them has computed it, on servers
-            that share blocks among running calls.
+            that share blocks among running calls; for half of `first_token_s` at most, of which it is part.
 
     Raises:
         RequestError: An address is none, or the options are out of range.
@@ -225,8 +225,6 @@ class HttpEngine:
         """Send what is left of a call; yield its chunks, the last one with `stop` unless the server ended too early."""
         assert self._client is not None
         dialect, url = self._dialects[place.base], self.urls[place.base]
-        if self._share_prefill and dialect.shares_blocks:
-            await self._placement.wait_until_worth_it(place)
         texts = await self._stop_texts(place.base, state.params)
         call = state.call(self.servers[place.base].model, place, texts)
         reader = Reader(call, dialect, self.vocab_size)
@@ -234,6 +232,11 @@ class HttpEngine:
         path = f"{url}{dialect.route(call)}"
         first_s, next_s = self.timeouts.first_token_s, self.timeouts.next_token_s
         wait = Wait(first_s, f"{path}: no token came")
+        if self._share_prefill and dialect.shares_blocks:
+            # Waiting for another call counts, and ends while there is time to ask: that one may stall.
+            wait.begin()
+            with anyio.move_on_after(first_s / 2):
+                await self._placement.wait_until_worth_it(place)
         further = f"{path}: no further token came"
         async with aclosing(self._client.events(path, dialect.body(call), headers, wait)) as batches:
             async for events in batches:

@@ -47,11 +47,15 @@ class Wait:
         self._seconds, self._what = seconds, what
         self._deadline: float | None = None
 
-    def scope(self) -> anyio.CancelScope:
-        """One wait, which ends at the limit."""
+    def begin(self) -> float:
+        """Let it run from now, unless it runs already; when it is over."""
         if self._deadline is None:
             self._deadline = anyio.current_time() + self._seconds
-        return anyio.CancelScope(deadline=self._deadline)
+        return self._deadline
+
+    def scope(self) -> anyio.CancelScope:
+        """One wait, which ends at the limit."""
+        return anyio.CancelScope(deadline=self.begin())
 
     def over(self) -> NoReturn:
         raise EngineTimeout(f"{self._what} within {self._seconds:g} s")
