@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import anyio.from_thread
 import pytest
@@ -117,6 +120,40 @@ def test_a_broken_engine_fails(capsys: pytest.CaptureFixture[str]) -> None:
     report = examined(Deaf(max_context=2000), capsys)
     assert held(report)["cancelling"] is False
     assert "closed connections" in report["advice"][-1]
+
+
+@pytest.mark.parametrize("given", ["many", math.nan, -5, 4096.5, [1], True])
+@pytest.mark.parametrize("field", ["max_model_len", "n_ctx", "total_slots", "n_vocab"])
+def test_numbers_that_are_none_are_named(field: str, given: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    server = FakeVllm() if field == "max_model_len" else FakeLlamaServer()
+    pages = server.pages()
+    (model,), props = pages["/v1/models"]["data"], pages.get("/props", {})
+    where = {"max_model_len": model, "n_vocab": model.get("meta"), "total_slots": props}
+    where.get(field, props.get("default_generation_settings"))[field] = given
+    with patch.object(type(server), "pages", lambda self: pages), running(server) as url:
+        assert doctor(url) == 1
+    said = capsys.readouterr().out
+    assert "not usable" in said
+    assert f"is {given!r}; it must be a whole number" in said
+
+
+def test_pages_that_are_nested_too_deeply_are_no_pages(capsys: pytest.CaptureFixture[str]) -> None:
+    class Deep(FakeVllm):
+        def pages(self) -> dict:
+            return {"/v1/models": "[" * 200_000}
+
+    with running(Deep()) as url:
+        assert doctor(url) == 1
+    assert "no language model server that is known" in capsys.readouterr().out
+
+
+def test_doctor_does_not_print_a_password(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as info:
+        main(["doctor", "--engine", "http://user:s3cret@127.0.0.1:9"])
+    printed = capsys.readouterr()
+    assert info.value.code == 2
+    assert "PLAIT_ENGINE_KEY" in printed.err
+    assert "s3cret" not in printed.out + printed.err
 
 
 def test_the_page_says_it_in_words(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("httpx2", reason="needs the http extra")
 
+import fake_servers
 from fake_servers import (
     CONTROL,
     VOCAB,
@@ -652,6 +655,45 @@ async def test_answers_that_no_server_should_give_name_the_clause() -> None:
             await call(engine, banned_ids=(said[2],))
 
 
+@only_on_asyncio
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("usage", [{"prompt_tokens": "many"}, {"prompt_tokens": math.nan}, {"prompt_tokens": -3}, [1]])
+async def test_counts_that_are_none_are_refused(native: bool, usage: Any) -> None:
+    server = FakeVllm(native=native)
+    async with opened(server) as engine:
+        server.spoil = lambda event: event.update(usage=usage)
+        with pytest.raises(EngineProtocolError, match=r"the server counts|not the documented shape"):
+            await call(engine)
+
+
+@only_on_asyncio
+async def test_json_that_is_nested_too_deeply_is_refused_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = "[" * 100_000
+    server = FakeVllm()
+    async with opened(server) as engine:
+        monkeypatch.setattr(fake_servers, "json", SimpleNamespace(dumps=lambda value: deep, loads=json.loads))
+        with pytest.raises(EngineProtocolError, match="not JSON"):
+            await call(engine)
+        # Not so in the page of an error, which may hold anything.
+        server.faults.append(Fault(kind="500"))
+        with pytest.raises(EngineProtocolError, match="not JSON"):
+            await call(engine)
+        assert len(server.seen) == 3
+
+
+@only_on_asyncio
+async def test_what_is_said_of_an_error_is_short_however_deep_it_is_nested() -> None:
+    error: Any = "end"
+    for _ in range(900):
+        error = [error]
+    server = FakeVllm()
+    async with opened(server, retries=0) as engine:
+        server.spoil = lambda event: event.update(error={"message": error, "type": error})
+        with pytest.raises(EngineError, match=r"failed while it answered: \[\[") as caught:
+            await call(engine)
+    assert len(str(caught.value)) < 400
+
+
 def spoiled(*, token_ids: Any = None, logprob: Any = None) -> Callable[[dict[str, Any]], None]:
     """What spoils the first choice of each event of vLLM's two routes."""
 
@@ -805,10 +847,44 @@ async def test_a_server_with_another_model_is_refused() -> None:
             pass
 
 
-@pytest.mark.parametrize("urls", ["", "localhost:8000", "ftp://x", "http://", "http://a b", []])
+@pytest.mark.parametrize(
+    "urls",
+    [
+        *("", "localhost:8000", "ftp://x", "http://", "http://a b", [], "http://:80", "http://h\0:80", "http://h,"),
+        *(
+            "http://h:99999",
+            "http://h:-1",
+            "http://h:0",
+            "http://h:many",
+            "http://h:80:90",
+            "http://[::1",
+            "http://h/?a",
+        ),
+        *("http://\u00fc..x:80", "http://a..b", f"http://{'a' * 64}"),
+    ],
+)
 def test_addresses_that_are_none_are_refused(urls: Any) -> None:
     with pytest.raises(RequestError, match="http://host:port"):
         HttpEngine(urls)
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        *("http://user:s3cret@h:80", "http://user:s3/cret@h", "http://user:se,s3cret@h", "user:s3cret@h:80"),
+        ["http://a", "ftp://:s3cret@h"],
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(urls: Any) -> None:
+    with pytest.raises(RequestError, match=r"PLAIT_ENGINE_KEY.*api_key=") as caught:
+        HttpEngine(urls)
+    assert "cret" not in str(caught.value)
+    assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+def test_addresses_in_other_scripts_are_spelled_as_the_network_does() -> None:
+    assert base_urls("http://b\u00fccher.example:8000/\u00fc/v1") == ("http://xn--bcher-kva.example:8000/%C3%BC",)
+    assert base_urls("http://[::1]:8000") == ("http://[::1]:8000",)
 
 
 def test_addresses_may_end_in_v1_and_come_as_a_list() -> None:

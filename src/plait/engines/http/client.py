@@ -7,6 +7,7 @@ server here learns that nobody listens any more.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class Client:
         if status >= 300:
             raise _refusal(url, answer, content)
         try:
-            return json.loads(content)
+            return _json(content)
         except ValueError:
             return content.decode("utf-8", "replace")
 
@@ -189,10 +190,22 @@ class EventParser:
         return complete
 
 
+def _json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: It is none, or nested deeper than anybody means.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def _parsed(url: str, data: bytes) -> Json:
     try:
         # Text is what it is, and nobody has to find out the encoding.
-        event = json.loads(data.decode())
+        event = _json(data.decode())
     except ValueError:
         raise EngineProtocolError(f"{url} sent an event that is not JSON: {data[:80]!r}") from None
     if not isinstance(event, dict):
@@ -216,7 +229,7 @@ def _refusal(url: str, answer: Answer, content: bytes) -> Exception:
     """The error that a status says."""
     status = answer.head.status_code
     try:
-        said = _message(json.loads(content))
+        said = _message(_json(content))
     except ValueError:
         said = content.decode("utf-8", "replace").strip()[:200]
     fault = _fault(f"{url} answered {status}", status, said or answer.head.reason.decode("latin-1"))
@@ -249,7 +262,8 @@ def _seconds(header: str) -> float:
 def _message(body: Any) -> str:
     """The message in an error body: OpenAI's shape, or whatever a server makes of it."""
     error = body.get("error", body.get("detail", body.get("message", body))) if isinstance(body, dict) else body
-    if not isinstance(error, dict):
-        return str(error)[:300]
-    kind = error.get("type")
-    return f"{error.get('message', error)!s:.300}" + (f" ({kind})" if kind else "")
+    kind = error.get("type") if isinstance(error, dict) else None
+    said = error.get("message", error) if isinstance(error, dict) else error
+    # Of what is no text a part, however deep it is nested.
+    text = said if isinstance(said, str) else reprlib.repr(said)
+    return text[:300] + (f" ({kind:.40})" if isinstance(kind, str) and kind else "")

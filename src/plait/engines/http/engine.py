@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from urllib.parse import quote, urlsplit
 
 import anyio
 
@@ -380,19 +381,37 @@ def base_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
     """Base addresses without a trailing slash or `/v1`.
 
     Raises:
-        RequestError: One is no http or https address, or there is none.
+        RequestError: One is no http or https address, or holds a password; or there is none.
     """
-    given = urls.split(",") if isinstance(urls, str) else list(urls)
-    found: list[str] = []
-    for text in given:
-        url = text.strip().rstrip("/").removesuffix("/v1")
-        scheme, separator, rest = url.partition("://")
-        if scheme not in ("http", "https") or not separator or not rest or any(c.isspace() for c in rest):
-            raise RequestError(f"{text.strip()!r} is no engine address; it must look like http://host:port")
-        found.append(url)
-    if not found:
+    given = [urls] if isinstance(urls, str) else list(urls)
+    if any("@" in text for text in given):
+        # Before anything that would repeat it.
+        raise RequestError(
+            f"an engine address holds a user or a password (an @): leave that out, and give the API key as "
+            f"{KEY_VARIABLE} in the environment, or api_key="
+        )
+    given = urls.split(",") if isinstance(urls, str) else given
+    if not given:
         raise RequestError("there is no engine address; it must look like http://host:port")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(_base_url(text.strip()) for text in given))
+
+
+def _base_url(text: str) -> str:
+    url = text.rstrip("/").removesuffix("/v1")
+    wrong = f"{text!r} is no engine address; it must look like http://host:port"
+    try:
+        parts = urlsplit(url)
+        # What the network looks up, and what goes into the head of a request: letters of other scripts are spelled.
+        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
+    except ValueError as exc:
+        raise RequestError(f"{wrong} ({exc})") from None
+    if parts.scheme not in ("http", "https") or not host or port == 0 or parts.query or parts.fragment:
+        raise RequestError(wrong)
+    if not url.isprintable() or any(c.isspace() for c in url):
+        raise RequestError(wrong)
+    if url.isascii():
+        return url
+    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{quote(parts.path, safe='/%')}"
 
 
 def read_metrics(page: str) -> dict[str, float]:

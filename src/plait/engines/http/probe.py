@@ -5,6 +5,7 @@ Asks pages that cost nothing, then samples one token to see that ids come back. 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -134,7 +135,7 @@ def _kind(url: str, pages: Pages) -> str:
 
 def _described(url: str, kind: str, pages: Pages, model: str | None) -> Server:
     listed = _listed(pages)
-    names = [str(entry.get("id")) for entry in listed]
+    names = [id if isinstance(id := entry.get("id"), str) else "" for entry in listed]
     if model is not None and names and model not in names and kind != "llama-server":
         raise nearest(model, names, f"model of {url}")
     entry = listed[names.index(model)] if model in names else (listed[0] if listed else {})
@@ -155,11 +156,24 @@ def _described(url: str, kind: str, pages: Pages, model: str | None) -> Server:
         route="",
         model=model or (names[0] if names else ""),
         version=_dict(pages["version"]).get("version") or info.get("version") or props.get("build_info"),
-        max_context=int(context) if context else None,
-        vocab_size=meta.get("n_vocab"),
-        num_slots=props.get("total_slots") or info.get("max_running_requests"),
+        max_context=_count(url, "context length", context),
+        vocab_size=_count(url, "vocabulary size", meta.get("n_vocab")),
+        num_slots=_count(url, "number of slots", props.get("total_slots") or info.get("max_running_requests")),
         prefix_caching=None if cached_off is None else not cached_off,
     )
+
+
+def _count(url: str, what: str, given: Any) -> int | None:
+    """A number that a page holds; None where it holds none.
+
+    Raises:
+        EngineProtocolError: It is no whole number above zero.
+    """
+    if not given:
+        return None
+    if type(given) is not int or given < 0:
+        raise EngineProtocolError(f"{url} says that its {what} is {reprlib.repr(given)}; it must be a whole number")
+    return given
 
 
 def _dialects(kind: str, pages: Pages) -> list[Dialect]:
