@@ -30,7 +30,7 @@ from fake_servers import (
     FakeVllm,
     Fault,
 )
-from plait.engines.http import HttpEngine, Timeouts, affinity
+from plait.engines.http import HttpEngine, Timeouts, affinity, probe
 from plait.engines.http.client import EventParser
 from plait.engines.http.engine import base_urls, read_metrics
 from plait.engines.http.placement import Placement
@@ -807,9 +807,72 @@ async def test_nobody_there_is_said_at_once() -> None:
 
 
 @only_on_asyncio
-async def test_a_server_that_is_loading_is_waited_for() -> None:
+async def test_a_server_that_is_loading_is_waited_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with opened(FakeLlamaServer(loading=2)) as engine:
         assert engine.servers[0].num_slots == 4
+    assert caplog.text.count("answered 503: Loading model") == 1
+    assert "waiting for it, at most 120 s" in caplog.text
+    monkeypatch.setattr(probe, "_START_S", 0.3)
+    with pytest.raises(EngineUnavailable, match=r"answered 503: Loading model \(unavailable_error\) \(after 0\.3 s\)"):
+        async with opened(FakeLlamaServer(loading=1000)):
+            pass
+
+
+@only_on_asyncio
+@pytest.mark.parametrize(
+    ("make", "kind", "own"),
+    [
+        (FakeLlamaServer, "vllm", "llama-server"),
+        (FakeLlamaServer, "sglang", "llama-server"),
+        (FakeSglang, "vllm", "sglang"),
+    ],
+)
+async def test_a_server_that_says_itself_that_it_is_of_another_kind_is_refused(make: Any, kind: str, own: str) -> None:
+    server = make()
+    with pytest.raises(RequestError, match=f"is a {own}, by its own pages, and not of the kind {kind}"):
+        async with opened(server, kind=kind):
+            pass
+    assert server.seen == []
+    async with opened(make(), kind=own) as engine:
+        assert engine.servers[0].kind == own
+
+
+async def test_a_replica_that_is_down_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = FakeVllm(), FakeVllm()
+    async with first.serve(), second.serve():
+        urls = ["http://127.0.0.1:9", first.url, second.url]
+        async with HttpEngine(urls, timeouts=QUICK) as engine:
+            assert (engine.urls, len(engine.servers)) == ((first.url, second.url), 2)
+            assert list(engine.left_out) == ["http://127.0.0.1:9"]
+            for start in range(4):
+                assert (await call(engine, (start, 1, 2)))[1] is StopReason.LENGTH
+            assert [await engine.count_running(base) for base in (0, 1)] == [0, 0]
+    assert "http://127.0.0.1:9 is left out until the engine is opened again" in caplog.text
+    assert "cannot be reached" in caplog.text
+
+
+async def test_where_no_replica_answers_the_first_one_is_named() -> None:
+    with pytest.raises(EngineUnavailable, match=r"127\.0\.0\.1:9/v1/models cannot be reached"):
+        async with HttpEngine("http://127.0.0.1:9,http://127.0.0.1:10", timeouts=QUICK):
+            pass
+
+
+async def test_a_replica_that_is_no_replica_refuses_the_engine_at_once() -> None:
+    good, locked, loading = FakeVllm(), FakeVllm(api_key="secret"), FakeVllm(loading=1000)
+    async with good.serve(), locked.serve(), loading.serve():
+        with anyio.fail_after(10), pytest.raises(RequestError, match=r"401.*PLAIT_ENGINE_KEY"):
+            async with HttpEngine([loading.url, good.url, locked.url], timeouts=QUICK):
+                pass
+
+
+async def test_replicas_are_looked_at_side_by_side() -> None:
+    servers = [FakeLlamaServer(loading=2) for _ in range(4)]
+    before = anyio.current_time()
+    async with opened(*servers) as engine:
+        assert anyio.current_time() - before < 4 * 0.5, "each is asked again after a quarter of a second, twice"
+        assert engine.max_active == 16
 
 
 @only_on_asyncio

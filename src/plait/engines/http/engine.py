@@ -7,6 +7,7 @@ kind of server wants is in its dialect.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -29,6 +30,7 @@ from plait.errors import (
     EngineProtocolError,
     EngineTimeout,
     EngineUnavailable,
+    Failures,
     RequestError,
     UnsupportedJoin,
 )
@@ -39,6 +41,7 @@ HEADERS = ("x-session-id", "x-smg-routing-key")
 """By which routers keep calls with one key on one replica: vllm-router and its relatives, SGLang's."""
 UNKNOWN_CONTEXT = 32_768
 """Positions assumed where neither server nor user says; a longer call is refused by the server instead."""
+_log = logging.getLogger("plait.engines.http")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _DOWN_S = 5.0
 _END_S = 1.0
@@ -50,7 +53,8 @@ class HttpEngine:
 
     Args:
         urls: Base address of a server, or several with the same model: a list, or separated by commas. Calls go to the
-            replica that holds their prefix.
+            replica that holds their prefix. One that does not answer when the engine is opened is left out, as long as
+            another one does.
         kind: `vllm`, `sglang`, `llama-server` or `completions`, where a router hides what is behind it.
         model: Where a server has several.
         api_key: By default what the environment variable PLAIT_ENGINE_KEY holds.
@@ -91,7 +95,9 @@ class HttpEngine:
         self.max_context = max_context or UNKNOWN_CONTEXT
         self.vocab_size = vocab_size
         self.servers: tuple[Server, ...] = ()
-        """What was found at each address, once opened."""
+        """What was found at each of `urls`, once opened."""
+        self.left_out: dict[str, str] = {}
+        """Addresses that did not answer when it was opened, and why; they are no longer among `urls`."""
         self._asked = {"kind": kind, "model": model}
         self._asked_context = max_context
         self._api_key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
@@ -114,14 +120,41 @@ class HttpEngine:
             secure=any(url.startswith("https:") for url in self.urls),
         )
         try:
-            found = [await probe(self._client, url, **self._asked) for url in self.urls]
-            self.servers = tuple(server for server, _ in found)
-            self._dialects = [dialect for _, dialect in found]
+            await self._look(self._client)
             self._agree()
         except BaseException:
             await self.aclose()
             raise
         return self
+
+    async def _look(self, client: Client) -> None:
+        """Look at all addresses side by side. Those that do not answer are left out while another one does."""
+        found: dict[str, tuple[Server, Dialect]] = {}
+        down: dict[str, EngineError] = {}
+        failures = Failures()
+
+        async def look(url: str) -> None:
+            with failures.noting():
+                try:
+                    found[url] = await probe(client, url, **self._asked)
+                except EngineProtocolError:
+                    raise
+                except EngineError as exc:
+                    down[url] = exc
+
+        with failures.unwrapped():
+            async with anyio.create_task_group() as looks:
+                for url in self.urls:
+                    looks.start_soon(look, url)
+        if not found:
+            raise next(down[url] for url in self.urls)
+        for url, failure in down.items():
+            _log.warning("%s is left out until the engine is opened again: %s", url, failure)
+        self.left_out = {url: str(failure) for url, failure in down.items()}
+        self.urls = tuple(url for url in self.urls if url in found)
+        self.servers = tuple(found[url][0] for url in self.urls)
+        self._dialects = [found[url][1] for url in self.urls]
+        self._placement = Placement(len(self.urls))
 
     def _agree(self) -> None:
         """Hold the servers to what was asked, and to each other."""

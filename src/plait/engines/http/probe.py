@@ -5,6 +5,7 @@ Asks pages that cost nothing, then samples one token to see that ids come back. 
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from collections.abc import Mapping
 from contextlib import aclosing
@@ -29,6 +30,7 @@ _START_S = 120.0
 """How long a server that says it is loading is waited for."""
 _TRIAL_IDS = (1, 2, 3)
 Pages: TypeAlias = Mapping[str, Any]
+_log = logging.getLogger("plait.engines.http")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,11 @@ async def probe(
     if kind is not None and kind not in KINDS:
         raise nearest(kind, list(KINDS), "kind of server")
     pages = await _pages(client, url)
+    own = _own_kind(pages)
+    if kind is not None and own is not None and kind not in (own, "completions"):
+        raise RequestError(
+            f"{url} is a {own}, by its own pages, and not of the kind {kind}: say {own}, or leave it out"
+        )
     kind = kind or _kind(url, pages)
     server = _described(url, kind, pages, model)
     refusal: EngineProtocolError | None = None
@@ -84,28 +91,35 @@ async def probe(
 
 
 async def _pages(client: Client, url: str) -> Pages:
-    """The pages by which servers are told apart. The first one waits for a server that is still loading."""
+    """The pages by which servers are told apart."""
+    pages = {"models": await _models(client, f"{url}/v1/models")}
+    for name, path in (
+        ("props", "/props"),
+        ("version", "/version"),
+        ("sglang", "/server_info"),
+        ("sglang_old", "/get_server_info"),
+    ):
+        pages[name] = None
+        if not (name == "sglang_old" and isinstance(pages["sglang"], dict)):
+            pages[name] = await _page(client, f"{url}{path}")
+    if isinstance(pages["version"], dict):
+        pages["openapi"] = await _page(client, f"{url}/openapi.json")
+    return pages
+
+
+async def _models(client: Client, url: str) -> Any:
+    """The first page, which waits for a server that is still loading, and says so."""
+    busy: Busy | None = None
     with anyio.move_on_after(_START_S):
         while True:
             try:
-                models = await client.get(f"{url}/v1/models")
-                break
+                return await client.get(url)
             except Busy as exc:
-                await anyio.sleep(max(0.25, exc.retry_after_s))
-        pages = {"models": models}
-        for name, path in (
-            ("props", "/props"),
-            ("version", "/version"),
-            ("sglang", "/server_info"),
-            ("sglang_old", "/get_server_info"),
-        ):
-            pages[name] = None
-            if not (name == "sglang_old" and isinstance(pages["sglang"], dict)):
-                pages[name] = await _page(client, f"{url}{path}")
-        if isinstance(pages["version"], dict):
-            pages["openapi"] = await _page(client, f"{url}/openapi.json")
-        return pages
-    raise EngineUnavailable(f"{url} was still loading after {_START_S:g} s")
+                if busy is None:
+                    _log.warning("%s (it may be loading; waiting for it, at most %g s)", exc, _START_S)
+                busy = exc
+            await anyio.sleep(max(0.25, busy.retry_after_s))
+    raise EngineUnavailable(f"{busy or f'{url} did not answer'} (after {_START_S:g} s)")
 
 
 async def _page(client: Client, url: str) -> Any:
@@ -116,12 +130,20 @@ async def _page(client: Client, url: str) -> Any:
         return None
 
 
+def _own_kind(pages: Pages) -> str | None:
+    """The kind by pages that only such a server has; a router may well name any owner."""
+    if _has(pages["props"], "total_slots"):
+        return "llama-server"
+    return "sglang" if _has(_sglang(pages), "max_total_num_tokens") else None
+
+
 def _kind(url: str, pages: Pages) -> str:
     listed = _listed(pages)
     owner = listed[0].get("owned_by") if listed else None
-    if owner == "llamacpp" or _has(pages["props"], "total_slots"):
+    own = _own_kind(pages)
+    if owner == "llamacpp" or own == "llama-server":
         return "llama-server"
-    if owner == "sglang" or _has(_sglang(pages), "max_total_num_tokens"):
+    if owner == "sglang" or own == "sglang":
         return "sglang"
     if owner == "vllm" or (_has(pages["version"], "version") and listed):
         return "vllm"
