@@ -398,7 +398,7 @@ Examine servers: what they are, whether forks are cheap there, what to change.
 plait doctor --engine http://localhost:8000              (needs `pip install 'plait[http]'`)
 plait doctor --engine http://a:8000,http://b:8000 --json
 
-Sends some twenty short calls. An API key is read from PLAIT_ENGINE_KEY.
+Sends twenty to thirty calls. An API key is read from PLAIT_ENGINE_KEY.
 """)
 )
 @click.option("--engine", metavar="URL[,URL]", required=True, help="vLLM, SGLang, llama-server, or the like.")

@@ -1,6 +1,7 @@
 """Measures what a server makes of forks: is a prefix found again, do calls end where they must, does hanging up help.
 
-Sends about twenty short calls and changes nothing. Knows what to advise for each kind of server.
+Sends twenty to thirty calls, one of them for a whole context, and changes nothing. Knows what to advise for each kind
+of server.
 """
 
 from __future__ import annotations
