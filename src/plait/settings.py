@@ -6,11 +6,12 @@ Knows no setting: what there is and what a value may be is said beside those who
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from plait.errors import RequestError, nearest
 
@@ -61,6 +62,34 @@ def one_of(given: Any, allowed: Collection[str], what: str) -> None:
     """
     if given not in allowed:
         raise nearest(str(given), list(allowed), what)
+
+
+def within(name: str, value: float | None, least: float, most: float | None = None) -> None:
+    """Refuse a number outside of a range, and one that is none; None passes.
+
+    Raises:
+        RequestError: It is outside; the message says what is allowed.
+    """
+    if value is None or (least <= value and (most is None or value <= most)):
+        return
+    allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+    raise RequestError(f"{name} is {value}; it must be {allowed}")
+
+
+def of_type(hint: Any, value: Any, *, name: str) -> None:
+    """Refuse a value that a parameter with this annotation does not take. What is inside a collection is not looked at.
+
+    Raises:
+        RequestError: It is of another kind, or none of those listed; the message says what is allowed.
+    """
+    hints: tuple[Any, ...] = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if any(_takes(kind, value) for kind in hints):
+        return
+    choices = [text for kind in hints if get_origin(kind) is Literal for text in get_args(kind)]
+    if choices and isinstance(value, str):
+        raise nearest(value, choices, name)
+    wanted = [_said(kind) for kind in hints if kind is not NoneType] + ["left out"] * (NoneType in hints)
+    raise RequestError(f"{name} is {value!r}; it must be {' or '.join(dict.fromkeys(wanted))}")
 
 
 def kind_of(hint: Any) -> Any:
@@ -119,6 +148,27 @@ def build(cls: type[T], values: Mapping[str, Any], section: str = "") -> T:
         return cls(**given)
     except TypeError as exc:
         raise RequestError(f"{where}: {str(exc).partition('()')[2].strip() or exc}") from exc
+
+
+_SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+
+
+def _takes(kind: Any, value: Any) -> bool:
+    origin = get_origin(kind) or kind
+    if origin is Any:
+        return True
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin in (int, float):
+        return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
+    return isinstance(value, origin)
+
+
+def _said(kind: Any) -> str:
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    return "a function" if origin is Callable else _SAID.get(origin) or f"a {origin.__name__}"
 
 
 _PLAIN = (bool, int, float, str, tuple)

@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import Any
 
 from plait.engines.base import Engine, EngineStats
-from plait.errors import EngineUnavailable, nearest
+from plait.errors import EngineUnavailable, RequestError, nearest
+from plait.settings import of_type
 
 _WHERE = {
     "scripted": ("plait.engines.scripted", "ScriptedEngine"),
@@ -47,14 +48,18 @@ def open_engine(name: str, **options: Any) -> Engine:
         options: Keyword arguments of its class.
 
     Raises:
-        RequestError: No engine has this name, or it has no such option.
+        RequestError: No engine has this name, it has no such option, or does not take this value for it.
         EngineUnavailable: A library it needs is not installed.
     """
     cls = engine_class(name)
-    allowed = [p for p in inspect.signature(cls).parameters if p != "self"]
-    for option in options:
-        if option not in allowed:
-            raise nearest(option, allowed, f"option of the {name} engine")
+    known = inspect.signature(cls, eval_str=True).parameters
+    for option, value in options.items():
+        if option not in known:
+            raise nearest(option, list(known), f"option of the {name} engine")
+        of_type(known[option].annotation, value, name=f"{option} of the {name} engine")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise RequestError(f"the {name} engine needs {option}")
     return cls(**options)
 
 
