@@ -7,11 +7,13 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import anyio
 import anyio.lowlevel
 import pytest
 
+from plait.engines.base import EngineStats
 from plait.engines.scripted import ScriptedEngine
-from plait.errors import EngineProtocolError
+from plait.errors import EngineProtocolError, RequestError
 from plait.testing.conformance import check_engine
 from plait.testing.pytest import EngineClause
 from plait.types import Chunk, Context, SamplingParams, context_positions
@@ -196,3 +198,57 @@ def test_a_deviation_of_no_clause_is_refused(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(OTHERS.format(more=", C77='what?'"))
     result = pytester.runpytest_inprocess()
     result.stdout.fnmatch_lines(["*unknown clause*C77*"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"skip": ("C77",)}, "unknown clause 'C77'; did you mean 'C7'"),
+        ({"clauses": ("Q1",)}, "unknown clause 'Q1'"),
+        ({"prompts": []}, "at least three"),
+        ({"prompts": [(1, 2, 3, 4), (2, 3, 4, 5)]}, "at least three"),
+        ({"prompts": [(1, 2, 3), (2, 3, 4, 5), (1, 2, 3, 4)]}, "of 4 or more"),
+        ({"prompts": [(1, 2, 3, 50)] * 3}, "holds the id 50"),
+        ({"max_tokens": 1}, "max_tokens is 1"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"tolerance": float("nan")}, "tolerance is nan"),
+    ],
+)
+async def test_questions_without_sense_are_not_blamed_on_the_engine(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        await check_engine(make, **{"vocab_size": 50, **options})
+
+
+async def test_an_engine_that_counts_nothing_is_found() -> None:
+    class Silent(ScriptedEngine):
+        def stats(self) -> EngineStats:
+            return EngineStats()
+
+    for clause in ("C8", "C9"):
+        with pytest.raises(EngineProtocolError, match=rf"^{clause} .*stats\(\)"):
+            await check_engine(
+                lambda: Silent(vocab_size=50, max_context=400), vocab_size=50, clauses=(clause,), max_tokens=4
+            )
+
+
+@pytest.mark.parametrize("where", ["opening the engine", "C1 ", "closing the engine"])
+async def test_an_engine_that_hangs_does_not_hang_the_check(where: str) -> None:
+    class Hanging(ScriptedEngine):
+        async def __aenter__(self) -> ScriptedEngine:
+            if where.startswith("opening"):
+                await anyio.sleep_forever()
+            return self
+
+        async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
+            async with aclosing(super().generate(context, params)) as chunks:
+                async for chunk in chunks:
+                    if where == "C1 ":
+                        await anyio.sleep_forever()
+                    yield chunk
+
+        async def aclose(self) -> None:
+            if where.startswith("closing"):
+                await anyio.sleep_forever()
+
+    with pytest.raises(EngineProtocolError, match=rf"^{where}.*it hangs; it was not over in 0.3 s"):
+        await check_engine(lambda: Hanging(vocab_size=50), vocab_size=50, clauses=("C1",), timeout_s=0.3)

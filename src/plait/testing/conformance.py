@@ -8,8 +8,8 @@ rounding: a difference whose two log-probabilities are within `tolerance` counts
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
@@ -18,7 +18,8 @@ import anyio
 import anyio.lowlevel
 
 from plait.engines.base import Engine
-from plait.errors import ContextLengthError, EngineProtocolError, EngineUnavailable, UnsupportedJoin
+from plait.errors import ContextLengthError, EngineProtocolError, EngineUnavailable, RequestError, UnsupportedJoin
+from plait.settings import one_of, within
 from plait.types import Chunk, Context, Merge, SamplingParams, StopReason
 
 Reference: TypeAlias = Callable[[Context], Sequence[float]]
@@ -38,6 +39,8 @@ class Case:
     """For C6 and M1; without it C6 scores each token again by the engine itself, and M1 is left out."""
     variants: tuple[Callable[[], Engine], ...] = ()
     """The same engine with other chunk sizes or timings, for C5."""
+    timeout_s: float = 300.0
+    """Seconds that a clause may take."""
 
     @property
     def params(self) -> SamplingParams:
@@ -57,6 +60,7 @@ class Output:
     stop: StopReason | None = None
 
 
+_LOOKS = 10
 Clause: TypeAlias = Callable[[Engine, Case], Awaitable[None]]
 
 
@@ -71,35 +75,52 @@ async def check_engine(
     variants: Sequence[Callable[[], Engine]] = (),
     skip: Sequence[str] = (),
     clauses: Sequence[str] | None = None,
+    timeout_s: float = 300.0,
 ) -> list[str]:
     """Hold an engine to its contract.
 
     Args:
         make_engine: Makes it, not started; it is opened once for all clauses.
         vocab_size: Ids below this may be sent.
-        prompts: What to continue; by default three short pseudo-random ones over the vocabulary.
-        max_tokens: Length of an ordinary call.
+        prompts: What to continue, at least three of at least 4 ids; by default short pseudo-random ones.
+        max_tokens: Length of an ordinary call, at least 2.
         tolerance: Largest difference of log-probabilities, in nats, that is rounding.
         reference: Log-probabilities by other means, for C6 and M1.
         variants: The same engine with other chunk sizes or timing, for C5.
         skip: Clauses to leave out, by name, such as `"C7"`; state the reason beside the call.
         clauses: Check no others; by default all that apply to the engine.
+        timeout_s: Seconds that a clause, opening and closing may take each; what takes longer does not hold. An engine
+            that blocks the event loop cannot be interrupted.
 
     Returns:
         Names of the clauses that were checked, in order.
 
     Raises:
+        RequestError: What it is to be asked makes no sense.
         EngineProtocolError: A clause does not hold; the message starts with its name.
     """
+    for name in (*skip, *(clauses or ())):
+        one_of(name, CLAUSES | REFUSAL | MERGE_CLAUSES, "clause")
+    within("vocab_size", vocab_size, 2)
+    within("max_tokens", max_tokens, 2)
+    within("tolerance", tolerance, 0)
+    within("timeout_s", timeout_s, 0)
     case = Case(
-        prompts=tuple(map(tuple, prompts)) if prompts else _prompts(vocab_size),
+        prompts=_prompts(vocab_size) if prompts is None else tuple(map(tuple, prompts)),
         max_tokens=max_tokens,
         tolerance=tolerance,
         reference=reference,
         variants=tuple(variants),
+        timeout_s=timeout_s,
     )
+    if len(case.prompts) < 3 or any(len(prompt) < 4 for prompt in case.prompts):
+        raise RequestError(f"the prompts have {[*map(len, case.prompts)]} ids; give at least three, of 4 or more each")
+    for id in {id for prompt in case.prompts for id in prompt if not 0 <= id < vocab_size}:
+        raise RequestError(
+            f"a prompt holds the id {id}; with vocab_size={vocab_size} they go from 0 to {vocab_size - 1}"
+        )
     checked: list[str] = []
-    async with make_engine() as engine:
+    async with _opened(make_engine, timeout_s) as engine:
         apply = dict(CLAUSES)
         if engine.supports_merge:
             apply |= MERGE_CLAUSES
@@ -124,11 +145,37 @@ async def check_clause(name: str, engine: Engine, case: Case) -> None:
     clause = (CLAUSES | REFUSAL | MERGE_CLAUSES)[name]
     label = f"{name} ({clause.__name__.replace('_', ' ')})"
     try:
-        await clause(engine, case)
+        with _limited(label, case.timeout_s):
+            await clause(engine, case)
+    except EngineProtocolError as exc:
+        if str(exc).startswith(label):
+            raise
+        raise EngineProtocolError(f"{label}: {type(exc).__name__}: {exc}") from exc
     except _Broken as exc:
         raise EngineProtocolError(f"{label}: {exc}") from None
     except Exception as exc:
         raise EngineProtocolError(f"{label}: {type(exc).__name__}: {exc}") from exc
+
+
+@asynccontextmanager
+async def _opened(make_engine: Callable[[], Engine], timeout_s: float) -> AsyncGenerator[Engine, None]:
+    """An engine that is opened, and closed, within a limit each."""
+    made = make_engine()
+    with _limited("opening the engine", timeout_s):
+        engine = await made.__aenter__()
+    try:
+        yield engine
+    finally:
+        with _limited("closing the engine", timeout_s):
+            await engine.aclose()
+
+
+@contextmanager
+def _limited(what: str, seconds: float) -> Iterator[None]:
+    with anyio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise EngineProtocolError(f"{what}: it hangs; it was not over in {seconds:g} s")
 
 
 async def greedy_repeats_and_seeds_are_honoured(engine: Engine, case: Case) -> None:
@@ -228,8 +275,16 @@ async def concurrent_calls_equal_serial_ones(engine: Engine, case: Case) -> None
 
 
 async def a_closed_stream_is_freed(engine: Engine, case: Case) -> None:
-    """C8: within a second, whether closed by hand, by an error, or by cancellation before or after the first chunk."""
+    """C8: within a second, whether closed by hand, by an error, or by cancellation before or after the first chunk.
+
+    What is freed is seen in `stats().active`, so that has to show a call which runs.
+    """
     params = replace(case.params, max_tokens=max(case.max_tokens, 64))
+    for _ in range(_LOOKS):  # a call may be over before anybody looks
+        if await _shows(engine, case.context, params):
+            break
+    else:
+        raise _Broken("stats().active was 0 all the time while calls ran")
     async with aclosing(engine.generate(case.context, params)) as chunks:
         await anext(chunks)
     await _idle(engine, "after aclose()")
@@ -250,7 +305,15 @@ async def a_closed_stream_is_freed(engine: Engine, case: Case) -> None:
 
 
 async def an_overlong_prompt_is_refused(engine: Engine, case: Case) -> None:
-    """C9: before sampling."""
+    """C9: before sampling, as `stats().decode_tokens` shows."""
+    before = engine.stats().decode_tokens
+    await _call(engine, case.context, case.params)
+    await _idle(engine, "after a call")
+    with anyio.move_on_after(1):
+        while engine.stats().decode_tokens == before:  # noqa: ASYNC110 - an engine has no event to wait for
+            await anyio.sleep(0.005)
+    if engine.stats().decode_tokens == before:
+        raise _Broken(f"stats().decode_tokens is still {before} a second after a call that sampled")
     before = engine.stats().decode_tokens
     prompt = case.prompts[0]
     ids = (prompt * (engine.max_context // len(prompt) + 1))[: engine.max_context + 1]
@@ -376,6 +439,25 @@ def _same(a: Output, b: Output, case: Case, what: str) -> None:
             raise _Broken(f"{what}: log-probability of token {k} is {b.logprobs[k]}, before it was {a.logprobs[k]}")
     if len(a.token_ids) != len(b.token_ids) or a.stop is not b.stop:
         raise _Broken(f"{what}: {len(b.token_ids)} tokens and {b.stop!r}, before {len(a.token_ids)} and {a.stop!r}")
+
+
+async def _shows(engine: Engine, context: Context, params: SamplingParams) -> bool:
+    """Whether `active` is seen above 0 during a call."""
+    seen = over = False
+
+    async def look() -> None:
+        nonlocal seen
+        while not (seen or over):
+            seen = engine.stats().active > 0
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(look)
+        try:
+            await _call(engine, context, params, pause=2)
+        finally:
+            over = True
+    return seen
 
 
 async def _idle(engine: Engine, when: str) -> None:
