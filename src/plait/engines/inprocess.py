@@ -21,7 +21,27 @@ from plait.engines.base import EngineStats
 from plait.engines.calls import Call, Delivery, Part, normalise
 from plait.engines.scheduler import Scheduler
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError
+from plait.settings import within
 from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_cells, context_positions
+
+_RANGES: dict[str, tuple[float, float | None]] = {
+    "max_context": (2, None),
+    "cells": (1, 2**26),
+    "threads": (1, 256),
+    "prefill_rows": (1, None),
+    "flush_s": (0, 60),
+    "lora_scale": (-1000, 1000),
+}
+
+
+def check_options(**options: float | None) -> None:
+    """Hold options that these engines share to their ranges; None passes.
+
+    Raises:
+        RequestError: One is outside; says what is allowed.
+    """
+    for name, value in options.items():
+        within(name, value, *_RANGES[name])
 
 
 class Mailbox:
@@ -124,10 +144,13 @@ class InProcessEngine:
 
         Raises:
             ContextLengthError: The context leaves no position or no cell to sample into.
-            RequestError: It is empty, ends with a merge, or holds an id that the model does not have.
+            RequestError: It is empty, ends with a merge, or holds an id the model does not have; or all are banned.
             EngineUnavailable: The engine is not open, or was closed while the call ran.
+            EngineError: The model gave NaN; seen where log-probabilities are asked for.
         """
         scheduler = self._check_open()
+        if len(params.banned_ids) >= self.vocab_size and set(range(self.vocab_size)) <= set(params.banned_ids):
+            raise RequestError(f"all {self.vocab_size} ids of the vocabulary are banned; leave one to sample")
         mailbox = Mailbox()
         call = self._call(next(self._numbers), self._checked(context), params, mailbox)
         stated = stated_affinity()
@@ -138,6 +161,8 @@ class InProcessEngine:
                 await mailbox.arrived.wait()
                 if mailbox.error is not None:
                     raise mailbox.error
+                if np.isnan(sum(mailbox.logprobs)):
+                    raise EngineError(f"the model of the {self.name} engine gave NaN")
                 chunk = Chunk(token_ids=tuple(mailbox.ids), logprobs=tuple(mailbox.logprobs), stop=mailbox.stop)
                 if chunk.stop is None:
                     mailbox.ids, mailbox.logprobs, mailbox.arrived = [], [], anyio.Event()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plait.engines.calls import Part
-from plait.engines.inprocess import InProcessEngine, Mailbox, deliver, poster
+from plait.engines.inprocess import InProcessEngine, Mailbox, check_options, deliver, poster
 from plait.engines.llamacpp.binding import MAX_SEQS, Decoder, Model
 from plait.engines.llamacpp.cache import Cache
 from plait.engines.llamacpp.pace import Pace
@@ -19,6 +19,7 @@ from plait.engines.llamacpp.scheduler import Call, Scheduler
 from plait.engines.sampling import Sampler
 from plait.engines.worker import WORKER
 from plait.errors import EngineUnavailable, RequestError
+from plait.settings import one_of, within
 from plait.types import SamplingParams, context_positions
 
 _MOST_GUESSED = 64
@@ -37,8 +38,9 @@ class LlamaCppEngine(InProcessEngine):
         cells: Tokens held in memory for all calls together, shared prefixes counted once. A fork walks over all of
             them (a few microseconds a thousand), so no more than needed.
         max_seqs: Contexts held at once, live and cached; at most 256.
-        threads: CPU threads of one step; all engines of a process take turns in them. By default every core for a
-            large model; for a small one a second thread where several rows are computed and it has been faster.
+        threads: CPU threads of one step, at most 256; all engines of a process take turns in them. By default every
+            core for a large model; for a small one a second thread where several rows are computed and it has been
+            faster.
         cache: Number format of cached keys and values. F32 is for exact comparisons.
         flash_attention: Skips cells a row does not attend to: on a CPU it pays for short contexts side by side, and
             costs for long ones. By default on for contexts up to 2,048 positions, if the cache is F16.
@@ -76,10 +78,18 @@ class LlamaCppEngine(InProcessEngine):
         lora_scale: float = 1.0,
         speculate: int = 0,
     ) -> None:
-        if not 2 <= max_seqs <= MAX_SEQS:
-            raise RequestError(f"max_seqs is {max_seqs}; it must be from 2 to {MAX_SEQS}")
-        if not 0 <= speculate <= _MOST_GUESSED:
-            raise RequestError(f"speculate is {speculate}; it must be from 0 (off) to {_MOST_GUESSED} tokens")
+        check_options(
+            max_context=max_context,
+            cells=cells,
+            threads=threads,
+            prefill_rows=prefill_rows,
+            flush_s=flush_s,
+            lora_scale=lora_scale,
+        )
+        one_of(cache, ("F16", "F32"), "cache")
+        within("max_seqs", max_seqs, 2, MAX_SEQS)
+        within("keep", keep, 0)
+        within("speculate", speculate, 0, _MOST_GUESSED)
         if flash_attention and cache == "F32":
             raise RequestError("flash_attention needs cache='F16'")
         super().__init__(cells=-(-max(cells, 256) // 256) * 256)  # llama.cpp rounds up likewise

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import anyio
 
 from plait.engines.calls import Part
-from plait.engines.inprocess import InProcessEngine, Mailbox, deliver, poster
+from plait.engines.inprocess import InProcessEngine, Mailbox, check_options, deliver, poster
 from plait.engines.sampling import Sampler
 from plait.engines.torch.checkpoint import INSTALL, Checkpoint, read_checkpoint
 from plait.engines.worker import WORKER
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError
+from plait.settings import within
 from plait.types import SamplingParams, context_positions
 
 try:
@@ -82,9 +83,16 @@ class TorchEngine(InProcessEngine):
     ) -> None:
         if dtype not in ("auto", *_DTYPES):
             raise RequestError(f"dtype is {dtype!r}; it must be auto, {' or '.join(_DTYPES)}")
-        for option, value in {"max_seqs": max_seqs, "block_size": block_size, "prefill_rows": prefill_rows}.items():
-            if value < 1:
-                raise RequestError(f"{option} is {value}; it must be at least 1")
+        check_options(
+            max_context=max_context,
+            cells=cells,
+            threads=threads,
+            prefill_rows=prefill_rows,
+            flush_s=flush_s,
+            lora_scale=lora_scale,
+        )
+        within("max_seqs", max_seqs, 1)
+        within("block_size", block_size, 1)
         self._blocks = max(cells // block_size, 2)
         super().__init__(cells=self._blocks * block_size)
         checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
@@ -145,7 +153,7 @@ class TorchEngine(InProcessEngine):
                 threads=self._threads,
                 padded=self._compile,
             )
-        except RuntimeError as exc:
+        except (RuntimeError, MemoryError) as exc:
             await self.aclose()
             raise EngineUnavailable(f"there is no memory for {self._cells} cells: {exc}") from exc
         WORKER.add(self._scheduler)
@@ -220,4 +228,6 @@ def _device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:
         raise EngineUnavailable(f"there is no device {name!r}: {exc}") from exc
+    if device.type == "meta":
+        raise RequestError("device is 'meta', which holds no numbers; it must be one that computes, such as cpu")
     return device
