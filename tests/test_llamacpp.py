@@ -23,7 +23,7 @@ from plait.engines.base import EngineStats
 from plait.engines.llamacpp import LlamaCppEngine, binding
 from plait.engines.llamacpp.binding import Decoder, Model
 from plait.engines.llamacpp.pace import Pace
-from plait.errors import ContextLengthError, EngineUnavailable, ModelError, RequestError
+from plait.errors import ContextLengthError, EngineError, EngineUnavailable, ModelError, RequestError
 from plait.testing.conformance import check_engine
 from plait.testing.pytest import EngineClause
 from plait.types import Context, Merge, SamplingParams, StopReason
@@ -398,6 +398,29 @@ async def test_a_bug_in_the_scheduler_fails_its_calls_and_does_not_hang(
         for _ in range(2):
             with pytest.raises(RuntimeError, match="please report: ZeroDivisionError"):
                 await call(engine, (PROMPT,))
+
+
+async def test_an_engine_whose_books_are_broken_fails_alone_and_closes(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: object, node: object) -> None:
+        raise ValueError("x not in list")
+
+    async def one_after_another(engine: LlamaCppEngine) -> None:
+        for first in range(8):
+            await call(engine, ((first, *PROMPT),))
+
+    async with exact(gguf) as other:
+        expected, _, _ = await call(other, (PROMPT,))
+        async with exact(gguf, cells=256, max_seqs=3) as engine:
+            with monkeypatch.context() as patch:
+                patch.setattr("plait.engines.llamacpp.cache.Cache._hide", broken)
+                with pytest.raises(EngineError, match="please report: ValueError"):
+                    await one_after_another(engine)
+            with pytest.raises(EngineError, match="please report: ValueError"):
+                await call(engine, (PROMPT,))
+            assert (await call(other, (PROMPT,)))[0] == expected
+        assert (await call(other, (PROMPT,)))[0] == expected
 
 
 async def test_a_decode_that_fails_fails_the_calls_and_nothing_else(

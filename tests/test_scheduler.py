@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from plait.engines.calls import Call, Delivery, num_common
 from plait.engines.scheduler import Scheduler
+from plait.engines.worker import Worker
 from plait.errors import EngineError, EngineUnavailable
 from plait.types import SamplingParams, StopReason
 
@@ -36,11 +40,12 @@ class Counting(Scheduler[Call]):
     def active(self) -> int:
         return len(self.slots)
 
-    def _told(self, kind: str, what: Any) -> None:
-        if kind == "forget":
-            what()
-        elif what in self.slots:
-            self.slots.remove(what)
+    def _cancel(self, call: Call) -> None:
+        if call in self.slots:
+            self.slots.remove(call)
+
+    def _forget(self) -> None:
+        pass
 
     def _work(self) -> None:
         if self.broken:
@@ -56,9 +61,8 @@ class Counting(Scheduler[Call]):
         for call, _ in ended:
             self.slots.remove(call)
 
-    def _drop(self) -> list[Call]:
-        live, self.slots = self.slots, []
-        return live
+    def _drop(self) -> None:
+        self.slots = []
 
 
 def a_call(number: int = 0, tokens: int = 3) -> Call:
@@ -150,3 +154,85 @@ def test_what_two_runs_have_in_common_is_counted(kind: type, ids: list[int], oth
         (k for k, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others))
     )
     assert num_common(kind(ids), kind(others)) == expected
+
+
+def test_a_call_that_gets_lost_in_a_bug_is_answered_too() -> None:
+    class Losing(Counting):
+        def _work(self) -> None:
+            self.queue.popleft()
+            raise ZeroDivisionError("between two lists")
+
+    scheduler, call = Losing(), a_call()
+    scheduler.put(("submit", call))
+    scheduler.turn()
+    assert [(heard is call, str(error)[-17:]) for heard, *_, error in scheduler.heard] == [(True, "between two lists")]
+    assert not scheduler.ready()
+
+
+def test_whoever_waits_for_a_message_is_told_though_it_fails() -> None:
+    class Forgetful(Counting):
+        def _forget(self) -> None:
+            raise ZeroDivisionError("books")
+
+    scheduler, told = Forgetful(), []
+    scheduler.put(("forget", lambda: told.append(True)))
+    scheduler.put(("close", None))
+    assert scheduler.turn()
+    assert told == [True]
+    assert not scheduler.turn(), "what came behind is heard all the same"
+    assert scheduler.closed == 1
+
+
+def test_a_job_that_fails_takes_no_other_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    class Job:
+        def __init__(self, turns: int) -> None:
+            self.left, self.done = turns, threading.Event()
+
+        def ready(self) -> bool:
+            return True
+
+        def turn(self) -> bool:
+            self.left -= 1
+            if self.left < 0:
+                raise ZeroDivisionError("nobody thought of this")
+            if not self.left:
+                self.done.set()
+            return self.left > 0
+
+    worker, good, bad = Worker(), Job(50), Job(0)
+    worker.add(bad)
+    worker.add(good)
+    assert good.done.wait(10)
+    assert "given up" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_process_that_was_forked_off_has_engines_of_its_own(tmp_path: Path) -> None:
+    program = tmp_path / "forks.py"
+    program.write_text(
+        "import os, anyio, plait\n"
+        "from anyio.from_thread import start_blocking_portal\n"
+        "model = plait.load_model()\n"
+        "async def ask(engine):\n"
+        "    return model.answer(await plait.run(model.request('3*4?'), engine=engine, format=model.format))\n"
+        "async def alone():\n"
+        "    async with model.open_engine(threads=1) as engine:\n"
+        "        return await ask(engine)\n"
+        "with start_blocking_portal() as portal:\n"
+        "    with portal.wrap_async_context_manager(model.open_engine(threads=1)) as engine:\n"
+        "        assert portal.call(ask, engine) == '12'\n"
+        "        child = os.fork()\n"
+        "        if child == 0:\n"
+        "            code = anyio.run(alone) != '12'\n"
+        "            try:\n"
+        "                anyio.run(ask, engine)\n"
+        "            except plait.errors.EngineUnavailable as exc:\n"
+        "                code += 2 * ('another process' not in str(exc))\n"
+        "            anyio.run(engine.aclose)\n"
+        "            os._exit(code)\n"
+        "        assert os.waitpid(child, 0)[1] == 0\n"
+        "        assert portal.call(ask, engine) == '12'\n"
+    )
+    ended = subprocess.run([sys.executable, program], timeout=60, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

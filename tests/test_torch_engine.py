@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -383,6 +386,34 @@ async def test_new_weights_take_the_place_of_the_old() -> None:
         tensors = {name: torch.from_numpy(weight) for name, weight in old.items()}
         await engine.load_weights({**tensors, "lm_head.weight": torch.zeros(48, 64)}, version=4)
         assert (await call(engine, (PROMPT,)))[0] == before
+
+
+@pytest.mark.parametrize("dtype", [np.longdouble, np.int64, object])
+async def test_weights_that_are_no_floats_are_refused_and_the_old_ones_stay(dtype: Any) -> None:
+    async with make() as engine:
+        before, _, _ = await call(engine, (PROMPT,))
+        with pytest.raises(RequestError, match=r"is no array that torch takes|weights are floats"):
+            await engine.load_weights(
+                {name: weight.astype(dtype) for name, weight in tiny_llama.weights(1).items()}, version=1
+            )
+        assert (await call(engine, (PROMPT,)))[0] == before
+        await engine.load_weights(tiny_llama.weights(1), version=2)
+        assert (await call(engine, (PROMPT,)))[0] != before
+
+
+async def test_a_closed_engine_holds_no_weights() -> None:
+    engine = make()
+    async with engine:
+        await call(engine, (PROMPT,))
+        weights = weakref.ref(engine._decoder)
+        sampled = engine.stats().decode_tokens
+    for _ in range(50):  # the worker's thread may still be leaving
+        gc.collect()
+        if weights() is None:
+            break
+        await anyio.sleep(0.02)
+    assert weights() is None
+    assert engine.stats() == replace(engine.stats(), active=0, queued=0, cached_tokens=0, decode_tokens=sampled)
 
 
 async def test_weights_that_cannot_be_put_in_place_are_reported_to_whoever_gave_them(

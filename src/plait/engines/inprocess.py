@@ -6,9 +6,11 @@ of weights, caches and steps.
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -71,6 +73,9 @@ class InProcessEngine:
         self._scheduler: Scheduler[Any] | None = None
         self._stopped = anyio.Event()
         self._closed = False
+        self._process = os.getpid()
+        self._ended = EngineStats()
+        """What was counted until it was closed."""
 
     def _call(self, number: int, parts: tuple[Part, ...], params: SamplingParams, mailbox: Mailbox) -> Call:
         """A call as its scheduler takes it.
@@ -88,6 +93,8 @@ class InProcessEngine:
             raise EngineUnavailable(f"the {self.name} engine is opened once; make another one")
 
     def _check_open(self) -> Any:
+        if self._process != os.getpid():
+            raise EngineUnavailable(f"the {self.name} engine was made in another process; make one in this")
         if self._scheduler is None or self._closed:
             raise EngineUnavailable(f"the {self.name} engine is closed" if self._closed else "open the engine first")
         return self._scheduler
@@ -101,16 +108,21 @@ class InProcessEngine:
         if self._scheduler is None:
             self._free()
             return
+        if self._process != os.getpid():
+            return  # its thread, which frees it, is in the process that opened it
         if first:
             self._scheduler.put(("close", None))
         with anyio.CancelScope(shield=True):
             await self._stopped.wait()
+        self._ended = replace(self.stats(), active=0, queued=0, cached_tokens=0)
+        self._scheduler = None  # and with it weights and caches
+        self._free()
 
     def stats(self) -> EngineStats:
         """Counters since it was opened."""
         s = self._scheduler
         if s is None:
-            return EngineStats()
+            return self._ended
         return EngineStats(
             active=s.active,
             queued=s.queued,

@@ -44,8 +44,11 @@ class Scheduler(Generic[CallT]):
         self._wake, self._post, self._close, self._flush_s = wake, post, close, flush_s
         self._inbox: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._bug: EngineError | None = None
+        self._closing = False
         self._flush_at = 0.0
         self._since = 0.0
+        self._unanswered: dict[CallT, None] = {}
+        """Calls that did not end yet, wherever they are: none is forgotten when something breaks."""
         self.queue: deque[CallT] = deque()
         """Calls that wait to be let in."""
         self.slots: list[CallT] = []
@@ -84,40 +87,55 @@ class Scheduler(Generic[CallT]):
     def turn(self) -> bool:
         """Take in messages and work for some milliseconds. False once closed."""
         try:
-            if not self._receive():
-                self._fail(EngineUnavailable(f"the {self.name} engine was closed while a call was running"))
-                self._close()
-                return False
-            if self._bug is not None:
-                self._fail(self._bug)
-                return True
-            self._since = perf_counter()
-            self._work()
-            self.work_s += perf_counter() - self._since
+            self._receive()
+            if self._bug is None and not self._closing:
+                self._since = perf_counter()
+                self._work()
+                self.work_s += perf_counter() - self._since
         except Exception as exc:
             # Nobody knows what state it is in: every call is answered with the error until it is told to close.
             self._bug = EngineError(f"the {self.name} engine failed, please report: {type(exc).__name__}: {exc}")
             self._bug.__cause__ = exc
+        if self._closing:
+            self._fail(EngineUnavailable(f"the {self.name} engine was closed while a call was running"))
+            self._close()
+        elif self._bug is not None:
             self._fail(self._bug)
-        return True
+        return not self._closing
 
-    def _receive(self) -> bool:
-        """Take in all messages. False if one of them is to close."""
-        open = True
+    def _receive(self) -> None:
+        """Take in all messages."""
         while not self._inbox.empty():
             kind, what = self._inbox.get()
             if kind == "close":
-                open = False
+                self._closing = True
             elif kind == "submit":
+                self._unanswered[what] = None
                 self.queue.append(what)
-            elif kind == "cancel" and what in self.queue:
-                self.queue.remove(what)
+            elif kind == "forget":
+                try:
+                    self._forget()
+                finally:
+                    what()
+            elif kind == "cancel":
+                self._unanswered.pop(what, None)
+                if what in self.queue:
+                    self.queue.remove(what)
+                else:
+                    self._cancel(what)
             else:
                 self._told(kind, what)
-        return open
 
     def _told(self, kind: str, what: Any) -> None:
-        """Take in a message of another kind, or to cancel a call that was let in, if it has not ended meanwhile."""
+        """Take in a message of a kind of its own."""
+        raise NotImplementedError(kind)
+
+    def _cancel(self, call: CallT) -> None:
+        """Take out a call that was let in, if it has not ended meanwhile."""
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        """Drop what is cached of calls that ended."""
         raise NotImplementedError
 
     def _work(self) -> None:
@@ -128,8 +146,8 @@ class Scheduler(Generic[CallT]):
         """Take calls out that end with the token sampled last."""
         raise NotImplementedError
 
-    def _drop(self) -> list[CallT]:
-        """Forget everything, cached contexts included. Returns the calls that were let in."""
+    def _drop(self) -> None:
+        """Forget all calls and contexts, whatever state the books are in."""
         raise NotImplementedError
 
     def _deliver(self) -> None:
@@ -143,13 +161,22 @@ class Scheduler(Generic[CallT]):
             self._flush_at = now + self._flush_s
             deliveries += [call.delivery() for call in self.slots if len(call.ids) > call.sent]
         if deliveries:
-            self.work_s += perf_counter() - self._since
-            self._post(deliveries)
-            self._since = perf_counter()
+            self._say(deliveries)
+
+    def _say(self, deliveries: list[Delivery]) -> None:
+        """Post deliveries. Calls that have a reason to stop in them have ended."""
+        for call, _, _, stop, _ in deliveries:
+            if stop is not None:
+                self._unanswered.pop(call, None)  # type: ignore[arg-type]
+        self.work_s += perf_counter() - self._since
+        self._post(deliveries)
+        self._since = perf_counter()
 
     def _fail(self, error: EngineError) -> None:
         """Every call ends with an error, and nothing stays cached."""
-        failed = [*self._drop(), *self.queue]
+        failed = list(self._unanswered)
+        self._unanswered.clear()
         self.queue.clear()
+        self._drop()
         if failed:
             self._post([(call, [], [], None, error) for call in failed])

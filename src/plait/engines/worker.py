@@ -6,6 +6,8 @@ other wait at every operation: steps become ten times slower. So engines share a
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from typing import Protocol
 
@@ -28,6 +30,9 @@ class Worker:
     def __init__(self) -> None:
         self.wake = threading.Event()
         """Set when a job has got something to do; one that is at work then ends its turn early."""
+        self._start()
+
+    def _start(self) -> None:
         self._lock = threading.Lock()
         self._jobs: list[Job] = []
         self._running = False
@@ -45,7 +50,7 @@ class Worker:
         while True:
             self.wake.clear()
             ready = [job for job in tuple(self._jobs) if job.ready()]
-            over = [job for job in ready if not job.turn()]
+            over = [job for job in ready if not _turn(job)]
             with self._lock:
                 self._jobs = [job for job in self._jobs if job not in over]
                 if not self._jobs:
@@ -54,5 +59,21 @@ class Worker:
             if not ready:
                 self.wake.wait()
 
+    def after_fork(self) -> None:
+        """In a process that was forked off: the thread is not there, and its jobs are the parent's."""
+        self.wake = threading.Event()
+        self._start()
+
+
+def _turn(job: Job) -> bool:
+    try:
+        return job.turn()
+    except Exception:
+        # A job answers for its own failures. This one did not, and must not take the others with it.
+        logging.getLogger("plait").exception("an engine failed in a way that it does not know of, and is given up")
+        return False
+
 
 WORKER = Worker()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=WORKER.after_fork)

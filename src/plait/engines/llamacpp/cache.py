@@ -116,6 +116,12 @@ class Cache:
     def __init__(self, cells: Cells, *, max_seqs: int, keep: int) -> None:
         self._cells, self._keep = cells, keep
         self.max_seqs = max_seqs
+        self.evictions = 0
+        """Idle sequences that were given up for room."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew, whatever the books say. The decoder is cleared by whoever calls this."""
         self.root = Node(None, (), 0)
         self._roots: dict[str, Node] = {}
         """Of contexts with a salt."""
@@ -123,9 +129,7 @@ class Cache:
         """Cells held by nodes."""
         self.live_cells = 0
         """Those of them that a live sequence holds."""
-        self.evictions = 0
-        """Idle sequences that were given up for room."""
-        self.free = list(range(max_seqs - 1, -1, -1))
+        self.free = list(range(self.max_seqs - 1, -1, -1))
         self.idle: OrderedDict[Seq, None] = OrderedDict()
         """Finished sequences, least recently used first."""
         self.seqs: set[Seq] = set()

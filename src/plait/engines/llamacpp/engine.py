@@ -135,9 +135,11 @@ class LlamaCppEngine(InProcessEngine):
 
         def close() -> None:
             # Freed by the thread that computes, so that no way out of the event loop can free it under a decode.
-            decoder.close()
-            self._model.close()
-            post(self._stopped.set)
+            try:
+                decoder.close()
+                self._model.close()
+            finally:
+                post(self._stopped.set)
 
         self._scheduler = Scheduler(
             decoder,

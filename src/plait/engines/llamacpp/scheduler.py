@@ -132,12 +132,12 @@ class Scheduler(scheduler.Scheduler[Call]):
 
     # The thread
 
-    def _told(self, kind: str, what: Any) -> None:
-        if kind == "forget":
-            self._cache.forget()
-            what()
-        elif what.seq is not None:
-            self._evict(what)
+    def _cancel(self, call: Call) -> None:
+        if call.seq is not None:
+            self._evict(call)
+
+    def _forget(self) -> None:
+        self._cache.forget()
 
     def _work(self) -> None:
         if self.queue or self.fills or (self._tails and self.slots):
@@ -387,16 +387,10 @@ class Scheduler(scheduler.Scheduler[Call]):
         why = self._decoder.last_error()
         self._fail(EngineError(f"llama_decode of the llama.cpp engine returned {code}{why}"))
 
-    def _drop(self) -> list[Call]:
-        live = [f.call for f in self.fills if f.call is not None] + self.slots
+    def _drop(self) -> None:
         self.fills, self.slots, self._tails, self._steps = [], [], [], 0
-        self._cache.land()
-        for seq in list(self._cache.seqs):
-            self._cache.drop(seq)
+        self._cache.clear()
         self._decoder.clear()
-        for call in live:
-            call.seq = None
-        return live
 
     # Room
 
@@ -415,7 +409,7 @@ class Scheduler(scheduler.Scheduler[Call]):
         if self._cache.used + taken <= self._decoder.cells or self._push_out():
             return
         call = self.slots[0]  # alone, and the whole cache is its own
-        self._post([call.delivery(StopReason.LENGTH)])
+        self._say([call.delivery(StopReason.LENGTH)])
         self._end([(call, StopReason.LENGTH)])
 
     def _plan_room(self, slots: int) -> bool:

@@ -135,8 +135,6 @@ class TorchEngine(InProcessEngine):
         post = poster()
 
         def close() -> None:
-            if isinstance(self._scheduler, Scheduler):
-                self._scheduler.free()
             post(self._stopped.set)
 
         try:
@@ -161,11 +159,6 @@ class TorchEngine(InProcessEngine):
 
     def _free(self) -> None:
         self._decoder = None
-
-    async def aclose(self) -> None:
-        """End every call and free the memory; again is fine."""
-        await super().aclose()
-        self._free()
 
     async def load_weights(self, weights: Mapping[str, Any], *, version: int) -> None:
         """Replace the weights between two steps, all of them or none, and forget what was cached of the old ones.

@@ -129,7 +129,7 @@ class Decoder:
         """Hold weights against the names and shapes of these.
 
         Raises:
-            RequestError: A name is missing or unknown, or a shape differs.
+            RequestError: A name is missing or unknown, a shape differs, or something is no array of floats.
         """
         given = set(weights)
         if self.config.tied:
@@ -140,9 +140,14 @@ class Decoder:
         if unknown:
             raise RequestError(f"the weights hold {unknown[0]}, which this model has not ({len(unknown)} unknown)")
         for name, view in self.views.items():
-            shape = tuple(weights[name].shape)
-            if shape != tuple(view.shape):
-                raise RequestError(f"{name} has shape {list(shape)}; this model has {list(view.shape)}")
+            try:
+                weight = _tensor(weights[name])
+            except (TypeError, ValueError, RuntimeError) as exc:
+                raise RequestError(f"{name} is no array that torch takes: {exc}") from exc
+            if not weight.is_floating_point():
+                raise RequestError(f"{name} holds {weight.dtype}; weights are floats")
+            if weight.shape != view.shape:
+                raise RequestError(f"{name} has shape {list(weight.shape)}; this model has {list(view.shape)}")
 
     def load(self, weights: Mapping[str, Any]) -> None:
         """Copy weights into place, all or none.

@@ -208,20 +208,20 @@ class Scheduler(scheduler.Scheduler[Call]):
     def cached_tokens(self) -> int:
         return self.pool.used
 
-    def free(self) -> None:
-        """Give the memory of the KV cache back."""
-        self._cache = []
-
     # The thread
 
     def _told(self, kind: str, what: Any) -> None:
         if kind == "load":
             self._load(what)
-        elif kind == "forget":
-            self.pool.forget()
-            what()
-        elif what in self.live:
-            self._leave(what)
+        else:
+            super()._told(kind, what)
+
+    def _cancel(self, call: Call) -> None:
+        if call in self.live:
+            self._leave(call)
+
+    def _forget(self) -> None:
+        self.pool.forget()
 
     def _work(self) -> None:
         if self._threads is not None and torch.get_num_threads() != self._threads:
@@ -248,10 +248,9 @@ class Scheduler(scheduler.Scheduler[Call]):
                 raise
         new.done(self._bug)
 
-    def _drop(self) -> list[Call]:
-        live, self.live, self.slots = self.live, [], []
+    def _drop(self) -> None:
+        self.live, self.slots = [], []
         self.pool.clear()
-        return live
 
     # Calls
 
