@@ -53,7 +53,7 @@ async def main(args: argparse.Namespace) -> None:
 
 def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="llamacpp", help="engines that read a GGUF file, separated by commas")
+    parser.add_argument("--engine", default="llamacpp", help="llamacpp, torch, or both separated by a comma")
     parser.add_argument("--model", help="a GGUF file; default: the embedded model")
     parser.add_argument("--prefix", type=int, default=256, help="tokens of the shared prefix")
     parser.add_argument("--tokens", type=int, default=30, help="tokens of a thread")
@@ -61,7 +61,14 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads of the llama.cpp engine")
     parser.add_argument("--quick", action="store_true", help="1, 4 and 8 threads, three rounds")
     parser.add_argument("--json", action="store_true", help="the rows as a JSON list on the last line")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if unknown := set(args.engine.split(",")) - {"llamacpp", "torch"}:
+        parser.error(
+            f"--engine is {', '.join(sorted(unknown))}; it must be llamacpp or torch (others: bench_engines.py)"
+        )
+    if min(args.prefix, args.tokens, args.rounds or 1) < 1:
+        parser.error("--prefix, --tokens and --rounds must be at least 1")
+    return args
 
 
 if __name__ == "__main__":
