@@ -64,7 +64,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := set(args.engine.split(",")) - {"llamacpp", "torch"}:
         parser.error(
-            f"--engine is {', '.join(sorted(unknown))}; it must be llamacpp or torch (others: bench_engines.py)"
+            f"--engine is {', '.join(sorted(unknown))}; it must be llamacpp or torch (bench_engines.py has more)"
         )
     if min(args.prefix, args.tokens, args.rounds or 1) < 1:
         parser.error("--prefix, --tokens and --rounds must be at least 1")
