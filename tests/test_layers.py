@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,13 +70,14 @@ HEAVY = {
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
-def modules() -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(SRC.rglob("*.py")):
-        yield path.relative_to(SRC), ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def imports() -> dict[Path, list[str]]:
+    """What every module imports, by its path."""
+    return {path.relative_to(SRC): list(imported(path)) for path in sorted(SRC.rglob("*.py"))}
 
 
-def imported(module: ast.Module) -> Iterator[str]:
-    for node in ast.walk(module):
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -88,12 +90,12 @@ def layer_of(path: Path) -> str:
 
 
 def test_imports_point_down() -> None:
-    for path, module in modules():
+    for path, names in imports().items():
         here = layer_of(path)
         if here.startswith("__"):
             continue
         assert here in LEVEL, f"{path} is in no layer: add {here} to LAYERS"
-        for name in imported(module):
+        for name in names:
             package, _, rest = name.partition(".")
             there = rest.split(".")[0]
             if package == "plait" and there in LEVEL and there != here:
@@ -102,8 +104,8 @@ def test_imports_point_down() -> None:
 
 @pytest.mark.parametrize("package", sorted(HEAVY))
 def test_heavy_packages_stay_in_their_files(package: str) -> None:
-    for path, module in modules():
-        if any(name.split(".")[0] == package for name in imported(module)):
+    for path, names in imports().items():
+        if any(name.split(".")[0] == package for name in names):
             assert path.as_posix().startswith(HEAVY[package]), f"{path} imports {package}"
 
 
