@@ -20,7 +20,7 @@ import anyio.lowlevel
 from plait.engines.base import Engine
 from plait.errors import ContextLengthError, EngineProtocolError, EngineUnavailable, RequestError, UnsupportedJoin
 from plait.settings import one_of, within
-from plait.types import Chunk, Context, Merge, SamplingParams, StopReason
+from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_positions
 
 Reference: TypeAlias = Callable[[Context], Sequence[float]]
 """Log-probabilities of the next token over the vocabulary, computed by other means."""
@@ -60,7 +60,7 @@ class Output:
     stop: StopReason | None = None
 
 
-_LOOKS = 10
+_LOOKS, _LONG = 20, 1024
 Clause: TypeAlias = Callable[[Engine, Case], Awaitable[None]]
 
 
@@ -280,8 +280,10 @@ async def a_closed_stream_is_freed(engine: Engine, case: Case) -> None:
     What is freed is seen in `stats().active`, so that has to show a call which runs.
     """
     params = replace(case.params, max_tokens=max(case.max_tokens, 64))
+    room = engine.max_context - context_positions(case.context)
+    long = replace(params, max_tokens=max(1, min(_LONG, room)))
     for _ in range(_LOOKS):  # a call may be over before anybody looks
-        if await _shows(engine, case.context, params):
+        if await _shows(engine, case.context, long):
             break
     else:
         raise _Broken("stats().active was 0 all the time while calls ran")
