@@ -36,7 +36,7 @@ def test_every_offered_request_is_answered_and_forks_are_counted(server: Running
 
 
 def test_what_a_full_server_refuses_is_told_from_what_fails() -> None:
-    with serving(slow(0.02), max_threads=1, max_requests=2) as server:
+    with serving(slow(0.005), max_threads=1, max_requests=2) as server:
         target = Target(url=server.url, questions=[QUESTION])
         point = anyio.run(lambda: offer(target, 50.0, seconds=0.4))
         assert point.refused > 0

@@ -60,7 +60,7 @@ class Output:
     stop: StopReason | None = None
 
 
-_LOOKS, _LONG = 20, 1024
+_LOOKS, _LONG = 5, 1024
 Clause: TypeAlias = Callable[[Engine, Case], Awaitable[None]]
 
 
