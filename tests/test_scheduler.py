@@ -83,6 +83,10 @@ def test_calls_are_heard_of_as_they_go_and_once_they_end() -> None:
     ]
     assert (scheduler.active, scheduler.queued) == (0, 0)
     assert scheduler.work_s > 0
+    heard = len(scheduler.heard)
+    scheduler.put(("close", None))
+    scheduler.turn()
+    assert len(scheduler.heard) == heard, "what has ended is not told again"
 
 
 def test_between_two_flushes_only_the_end_is_told() -> None:
