@@ -68,15 +68,15 @@ def test_an_engine_that_forgets_keeps_what_runs(gguf: Path) -> None:
 
 
 def wrong_cell(patch: pytest.MonkeyPatch) -> None:
-    copy = Decoder.copy
+    decode = Decoder.decode
 
-    def short(self: Decoder, source: int, target: int, start: int, end: int) -> None:
-        copy(self, source, target, start, end)
-        # Not the first: llama.cpp itself would find that sequences which share a row begin at different positions.
-        middle = (start + end) // 2
-        self._lib.llama_memory_seq_rm(self._memory, target, middle, middle + 1)
+    def mistaken(self: Decoder, rows: int) -> int:
+        # Keys and values of another token: nothing that llama.cpp itself could find.
+        unread = [row for row in range(rows) if not self.outputs[row]]
+        self.tokens[unread] = (self.tokens[unread] + 1) % tiny_llama.VOCAB
+        return decode(self, rows)
 
-    patch.setattr(Decoder, "copy", short)
+    patch.setattr(Decoder, "decode", mistaken)
 
 
 def leaked_cell(patch: pytest.MonkeyPatch) -> None:

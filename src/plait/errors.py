@@ -150,8 +150,10 @@ class Failures:
             own = {id(exc) for exc in _leaves(first)}
             others = [exc for exc in found if id(exc) not in own]
             if len(others) < len(found):
-                for other in others:
-                    first.add_note(f"also failed: {other!r}")
+                # One cause may fail many calls with the same words: they are said once.
+                for said in dict.fromkeys(repr(other) for other in others):
+                    if said != repr(first):
+                        first.add_note(f"also failed: {said}")
                 return first
         return None
 
