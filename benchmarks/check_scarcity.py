@@ -1,14 +1,15 @@
 """Random workloads of forks, joins, cancellations and evictions in too little memory, on the engines of this process.
 
-    python benchmarks/check_scarcity.py                            1,000 workloads on llama.cpp and on torch
+    python benchmarks/check_scarcity.py                            1,000 workloads on llama.cpp and on torch each
     python benchmarks/check_scarcity.py --engine llamacpp --seeds 200 --first 5000 --json
 
 A workload is 3 to 8 runs at once of threads that fork and join by merge or by reading again, on tiny random float32
-weights; the engine has 128 to 256 cells (other sizes for each seed), of which one run alone takes most. Every sampled
-token and its log-probability are held against a dense float64 forward with explicit mask and positions; after each
-workload the engine must be idle, its books must balance, a context as long as it takes must fit, and after `forget`
-no cell may be held. Ends with code 1 at the first workload where something does not hold, and says which. Needs the
-train extra (it writes its own weights); torch if that engine is asked for.
+weights (those of `llamacpp-windows` have sliding windows, shorter than the contexts); the engine has 128 to 256 cells
+(other sizes for each seed), of which one run alone takes most. Every sampled token and its log-probability are held
+against a dense float64 forward with explicit mask and positions; after each workload the engine must be idle, its
+books must balance, a context as long as it takes must fit, and after `forget` no cell may be held. Ends with code 1 at
+the first workload where something does not hold, and says which. Needs the train extra (it writes its own weights);
+torch if that engine is asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import anyio
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import scarce_engines
-import tiny_llama
 from plait.errors import EngineProtocolError
 from plait.testing.scarcity import Findings
 
@@ -53,11 +53,11 @@ def main(args: argparse.Namespace) -> int:
     rows: list[dict[str, object]] = []
     failed = False
     with tempfile.TemporaryDirectory() as folder:
-        gguf = tiny_llama.write(Path(folder) / "tiny.gguf")
         for name in args.engine.split(","):
+            gguf = scarce_engines.MODELS[name].write(Path(folder) / f"{name}.gguf")
             start = time.perf_counter()
             found, wrong = check(name, range(args.first, args.first + args.seeds), gguf)
-            package = {"llamacpp": "xllamacpp", "torch": "torch"}[name]
+            package = "torch" if name == "torch" else "xllamacpp"
             rows.append(
                 {
                     "engine": name,
@@ -84,7 +84,8 @@ def main(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="llamacpp,torch", metavar="NAME[,NAME]", help="default: both")
+    names = ",".join(scarce_engines.MODELS)
+    parser.add_argument("--engine", default=names, metavar="NAME[,NAME]", help=f"default: {names}")
     parser.add_argument("--seeds", type=int, default=1000, metavar="N", help="workloads on each (default 1000)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the first seed")
     parser.add_argument("--json", action="store_true", help="print a list of rows as the last line")

@@ -172,14 +172,11 @@ class Model:
             raise ModelError(f"llama.cpp cannot load {path}{_last_error()}")
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._handle))
         self.trained_context: int = self._lib.llama_model_n_ctx_train(self._handle)
-        windowed = self._lib.llama_model_n_swa(self._handle) > 0
-        if (
-            windowed
-            or self._lib.llama_model_is_recurrent(self._handle)
-            or self._lib.llama_model_is_hybrid(self._handle)
-        ):
+        if self._lib.llama_model_is_recurrent(self._handle) or self._lib.llama_model_is_hybrid(self._handle):
             self.close()
-            raise ModelError(f"{path} has recurrent or sliding-window layers, which cannot be merged or shared exactly")
+            raise ModelError(f"{path} has recurrent layers, whose state can neither be forked at a point nor merged")
+        self.windowed: bool = self._lib.llama_model_n_swa(self._handle) > 0
+        """Whether some layers attend to the latest positions only."""
 
     @property
     def handle(self) -> Any:
@@ -233,15 +230,19 @@ class Decoder:
     several sequences (`seq_ids[row, :num_seqs[row]]`): its cell is then shared, and it attends as the last of them.
     """
 
+    sequences_each = 1
+    """Of llama.cpp's sequences, for one of ours."""
+
     def __init__(
         self, model: Model, *, cells: int, max_seqs: int, max_rows: int, flash: bool, wide_cache: bool
     ) -> None:
         self._lib, self._model = model._lib, model
         params = self._lib.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = cells, max_seqs
+        params.n_ctx, params.n_seq_max = cells, max_seqs * self.sequences_each
         params.n_batch = params.n_ubatch = max_rows
         params.n_threads = params.n_threads_batch = 1
         self._threads = (1, 1)
+        params.swa_full = True  # a fork may begin before what a sliding window still shows
         params.kv_unified = True  # one pool of cells: a fork sets a bit per cell, a part of a sequence can be copied
         params.flash_attn_type = int(flash)
         params.type_k = params.type_v = 0 if wide_cache else 1
@@ -252,6 +253,7 @@ class Decoder:
             raise ModelError(f"llama.cpp cannot make a context of {cells} cells{_last_error()}")
         self.cells = int(self._lib.llama_n_ctx(self._handle))
         self._memory = self._lib.llama_get_memory(self._handle)
+        self._shadows = max_seqs
         self.tokens = np.zeros(max_rows, np.int32)
         self.positions = np.zeros(max_rows, np.int32)
         self.seq_ids = np.zeros((max_rows, max_seqs), np.int32)
@@ -327,3 +329,38 @@ class Decoder:
         if self._handle:
             self._lib.llama_free(self._handle)
             self._handle = None
+
+
+class WindowedDecoder(Decoder):
+    """The same for a model with sliding windows.
+
+    llama.cpp takes a cell for free when no window of its only sequence shows it any more, but a fork may begin before
+    it. So each sequence has a shadow that holds the same cells: none has only one.
+    """
+
+    sequences_each = 2
+
+    def decode(self, rows: int) -> int:
+        code = super().decode(rows)
+        if not code:
+            owned = np.arange(self.seq_ids.shape[1]) < self.num_seqs[:rows, None]
+            for seq in np.unique(self.seq_ids[:rows][owned]).tolist():
+                own = (owned & (self.seq_ids[:rows] == seq)).any(1)
+                positions = self.positions[:rows][own]
+                self._shade(seq, seq, int(positions.min()), int(positions.max()) + 1)
+        return code
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        super().copy(source, target, start, end)
+        self._shade(source, target, start, end)
+
+    def remove(self, seq: int) -> None:
+        super().remove(seq)
+        super().remove(seq + self._shadows)
+
+    def truncate(self, seq: int, start: int) -> None:
+        super().truncate(seq, start)
+        super().truncate(seq + self._shadows, start)
+
+    def _shade(self, source: int, target: int, start: int, end: int) -> None:
+        super().copy(source, target + self._shadows, start, end)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from plait.engines.calls import Part
 from plait.engines.inprocess import InProcessEngine, Mailbox, check_options, deliver, poster
-from plait.engines.llamacpp.binding import MAX_SEQS, Decoder, Model
+from plait.engines.llamacpp.binding import MAX_SEQS, Decoder, Model, WindowedDecoder
 from plait.engines.llamacpp.cache import Cache
 from plait.engines.llamacpp.pace import Pace
 from plait.engines.llamacpp.scheduler import Call, Scheduler
@@ -37,7 +37,7 @@ class LlamaCppEngine(InProcessEngine):
         max_context: Positions of one call; by default what the model was trained for, as far as `cells` allow.
         cells: Tokens held in memory for all calls together, shared prefixes counted once. A fork walks over all of
             them (a few microseconds a thousand), so no more than needed.
-        max_seqs: Contexts held at once, live and cached; at most 256.
+        max_seqs: Contexts held at once, live and cached; at most 256, and 128 with sliding windows.
         threads: CPU threads of one step, at most 256; all engines of a process take turns in them. By default every
             core for a large model; for a small one a second thread where several rows are computed and it has been
             faster.
@@ -94,7 +94,9 @@ class LlamaCppEngine(InProcessEngine):
             raise RequestError("flash_attention needs cache='F16'")
         super().__init__(cells=-(-max(cells, 256) // 256) * 256)  # llama.cpp rounds up likewise
         self._model = Model(path)
+        self._decoder = WindowedDecoder if self._model.windowed else Decoder
         try:
+            within("max_seqs", max_seqs, 2, MAX_SEQS // self._decoder.sequences_each)
             self._lora = None if lora is None else (self._model.load_lora(lora), lora_scale)
         except BaseException:
             self._model.close()
@@ -119,7 +121,7 @@ class LlamaCppEngine(InProcessEngine):
     async def __aenter__(self) -> LlamaCppEngine:
         self._check_unopened()
         try:
-            decoder = Decoder(
+            decoder = self._decoder(
                 self._model,
                 cells=self._cells,
                 max_seqs=self._max_seqs,
