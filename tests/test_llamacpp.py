@@ -657,6 +657,39 @@ def test_a_cut_off_file_is_a_model_error(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_model_with_recurrent_layers_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    width, vocab, state, rank = 8, 16, 4, 2
+    writer = GGUFWriter(str(tmp_path / "mamba.gguf"), "mamba")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_inner_size(2 * width)
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_time_step_rank(rank)
+    writer.add_vocab_size(vocab)
+    writer.add_tokenizer_model("no_vocab")
+    shapes = {"token_embd.weight": (vocab, width), "output_norm.weight": (width,)}
+    shapes |= {"blk.0.attn_norm.weight": (width,), "blk.0.ssm_in.weight": (4 * width, width)}
+    shapes |= {"blk.0.ssm_conv1d.weight": (2 * width, 4), "blk.0.ssm_conv1d.bias": (2 * width,)}
+    shapes |= {"blk.0.ssm_x.weight": (rank + 2 * state, 2 * width), "blk.0.ssm_dt.weight": (2 * width, rank)}
+    shapes |= {"blk.0.ssm_dt.bias": (2 * width,), "blk.0.ssm_a": (2 * width, state), "blk.0.ssm_d": (2 * width,)}
+    shapes |= {"blk.0.ssm_out.weight": (width, 2 * width)}
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"recurrent layers.*llama-server"):
+        LlamaCppEngine(tmp_path / "mamba.gguf")
+
+
 def test_files_that_are_no_weights_are_model_errors(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     noise = random.Random(0).randbytes(4000)
     for name, data in {"noise": noise, "almost": b"GGUF" + noise, "text": b"hello"}.items():

@@ -174,7 +174,10 @@ class Model:
         self.trained_context: int = self._lib.llama_model_n_ctx_train(self._handle)
         if self._lib.llama_model_is_recurrent(self._handle) or self._lib.llama_model_is_hybrid(self._handle):
             self.close()
-            raise ModelError(f"{path} has recurrent layers, whose state can neither be forked at a point nor merged")
+            raise ModelError(
+                f"{path} has recurrent layers, whose state cannot be forked at any point or merged; serve it with"
+                " llama-server or vLLM and give its URL as the engine"
+            )
         self.windowed: bool = self._lib.llama_model_n_swa(self._handle) > 0
         """Whether some layers attend to the latest positions only."""
 
