@@ -17,13 +17,13 @@ def overrides(settings: Sequence[str]) -> dict[str, Any]:
     {'schedule.tokens': 1000, 'data.format': 'threadweaver'}
 
     Raises:
-        RequestError: One is not `section.key=value`.
+        RequestError: One is not `name=value`.
     """
     values: dict[str, Any] = {}
     for setting in settings:
         assigned = assignment(setting)
         if assigned is None:
-            raise RequestError(f"{setting!r} is not of the form section.key=value")
+            raise RequestError(f"{setting!r} is not of the form NAME=VALUE")
         values.update([assigned])
     return values
 

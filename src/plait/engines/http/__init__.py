@@ -1,5 +1,10 @@
 """Servers that people already run, over HTTP: vLLM, SGLang, llama-server, and what speaks their routes."""
 
+from importlib.util import find_spec
+
+if find_spec("h11") is None:
+    raise ImportError("it needs h11: pip install 'plait[http]'")
+
 from plait.engines.affinity import affinity
 from plait.engines.http.client import Timeouts
 from plait.engines.http.engine import HttpEngine

@@ -16,15 +16,11 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 import anyio
+import h11
 from anyio.abc import ByteStream, SocketAttribute
 
 from plait.engines.http.chunked import Chunked
 from plait.errors import EngineError, EngineTimeout, EngineUnavailable
-
-try:
-    import h11
-except ImportError as exc:
-    raise ImportError("it needs h11: pip install 'plait[http]'") from exc
 
 _MOST_HEAD_BYTES = 100 * 1024
 _READ_BYTES = 1 << 16
