@@ -129,6 +129,10 @@ async def _invalid(_: Request, exc: Exception) -> Response:
     message = f"{param}: {error['msg']}" if param else error["msg"]
     if error["type"] == "extra_forbidden":
         message = str(nearest(where[-1][:100], list(PlaitOptions.model_fields), "name in plait"))
+    elif error["type"] == "json_invalid":
+        message, param = f"the body is not JSON: {error['ctx']['error']}, at character {param}", None
+    elif error["type"] == "none_required" or error.get("ctx", {}).get("max_length") == 0:
+        message = f"{param} is not supported; leave it out"
     refusal = Refusal(message, code="unsupported_value" if unsupported else "invalid_value", param=param)
     return JSONResponse(body_of(refusal), status_code=400)
 

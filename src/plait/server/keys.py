@@ -35,10 +35,15 @@ ANONYMOUS = Client(name="anonymous")
 
 
 def new_key(name: str) -> tuple[str, str]:
-    """A fresh key, and the entry that the server keeps of it."""
+    """A fresh key, and the entry that the server keeps of it.
+
+    Raises:
+        RequestError: Nobody can have this name.
+    """
     key = f"plait-{secrets.token_urlsafe(32)}"
     entry = f"{name}:sha256:{_digest(key)}"
-    Keyring((entry,))
+    if _ENTRY.fullmatch(entry) is None:
+        raise RequestError(f"{name!r} cannot name a key; it must be 1 to 64 letters, digits and any of _ . @ -")
     return key, entry
 
 

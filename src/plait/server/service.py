@@ -347,8 +347,11 @@ class Job:
         """The `plait` block of a response: how the run ended, where OpenAI's words are too few."""
         tree = self.tree
         data: dict[str, Any] = {"stop": str(tree.stop or StopReason.STOP), **self._said}
-        if tree.note:
-            data["note"] = tree.note
+        # Limits and tags that the run went on from are no part of how it ended.
+        limits = [s.note for s in tree.segments.values() if s.stop in (StopReason.BUDGET, StopReason.MALFORMED)]
+        met = dict.fromkeys(note for note in limits if note not in tree.note)
+        if note := "; ".join(filter(None, (*met, tree.note))):
+            data["note"] = note
         if self._trace is not None:
             data["run_id"] = self._trace.id
         return data

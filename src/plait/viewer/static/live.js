@@ -162,6 +162,7 @@ class AskView {
       this._say(stopped ? 'Stopped. The server has cancelled all of its threads.' : failure.message);
       for (const run of runs) if (!run.finished) run.cut = stopped ? 'the run was stopped here' : 'the run failed here';
       if (this.view) this.view.refresh();
+      else this._clear();
     } finally {
       if (this.abort === abort) this.stop.hidden = true;
     }
