@@ -657,37 +657,62 @@ def test_a_cut_off_file_is_a_model_error(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_model_with_recurrent_layers_is_refused_with_a_way_out(tmp_path: Path) -> None:
+def write_foreign(path: Path, kind: str, numbers: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A file of ones for a model of another kind: 8 wide, one layer, 16 tokens."""
     from gguf import GGUFWriter
 
-    width, vocab, state, rank = 8, 16, 4, 2
-    writer = GGUFWriter(str(tmp_path / "mamba.gguf"), "mamba")
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(0)
-    writer.add_head_count(0)
+    writer = GGUFWriter(str(path), kind)
+    common = {"context_length": 64, "embedding_length": 8, "block_count": 1, "vocab_size": 16}
+    for key, value in {**common, **numbers}.items():
+        writer.add_uint32(f"{kind}.{key}", value)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_ssm_conv_kernel(4)
-    writer.add_ssm_inner_size(2 * width)
-    writer.add_ssm_state_size(state)
-    writer.add_ssm_time_step_rank(rank)
-    writer.add_vocab_size(vocab)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_causal_attention(kind != "bert")
     writer.add_tokenizer_model("no_vocab")
-    shapes = {"token_embd.weight": (vocab, width), "output_norm.weight": (width,)}
-    shapes |= {"blk.0.attn_norm.weight": (width,), "blk.0.ssm_in.weight": (4 * width, width)}
-    shapes |= {"blk.0.ssm_conv1d.weight": (2 * width, 4), "blk.0.ssm_conv1d.bias": (2 * width,)}
-    shapes |= {"blk.0.ssm_x.weight": (rank + 2 * state, 2 * width), "blk.0.ssm_dt.weight": (2 * width, rank)}
-    shapes |= {"blk.0.ssm_dt.bias": (2 * width,), "blk.0.ssm_a": (2 * width, state), "blk.0.ssm_d": (2 * width,)}
-    shapes |= {"blk.0.ssm_out.weight": (width, 2 * width)}
+    writer.add_token_type_count(2)
     for name, shape in shapes.items():
         writer.add_tensor(name, np.ones(shape, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match=r"recurrent layers.*llama-server"):
-        LlamaCppEngine(tmp_path / "mamba.gguf")
+    return path
+
+
+def test_a_model_with_recurrent_layers_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    numbers = {"feed_forward_length": 0, "attention.head_count": 0, "ssm.conv_kernel": 4, "ssm.inner_size": 16}
+    shapes = {"token_embd.weight": (16, 8), "output_norm.weight": (8,)}
+    shapes |= {"blk.0.attn_norm.weight": (8,), "blk.0.ssm_in.weight": (32, 8), "blk.0.ssm_out.weight": (8, 16)}
+    shapes |= {"blk.0.ssm_conv1d.weight": (16, 4), "blk.0.ssm_conv1d.bias": (16,), "blk.0.ssm_x.weight": (10, 16)}
+    shapes |= {"blk.0.ssm_dt.weight": (16, 2), "blk.0.ssm_dt.bias": (16,), "blk.0.ssm_a": (16, 4), "blk.0.ssm_d": (16,)}
+    mamba = write_foreign(
+        tmp_path / "mamba.gguf", "mamba", {**numbers, "ssm.state_size": 4, "ssm.time_step_rank": 2}, shapes
+    )
+    with pytest.raises(ModelError, match=r"mamba\.gguf has recurrent layers.*llama-server"):
+        LlamaCppEngine(mamba)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_a_model_that_cannot_continue_a_text_is_refused(kind: str, tmp_path: Path) -> None:
+    numbers = {"feed_forward_length": 16, "attention.head_count": 2, "attention.relative_buckets_count": 8}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (16, 8)}
+    if kind == "bert":
+        shapes |= {"token_types.weight": (2, 8), "position_embd.weight": (64, 8)}
+        norms = ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm")
+        shapes |= {f"{name}.{part}": (8,) for name in norms for part in ("weight", "bias")}
+        shapes |= {f"blk.0.{name}.weight": (8, 8) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        shapes |= {f"blk.0.{name}.bias": (8,) for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")}
+        shapes |= {"blk.0.ffn_up.weight": (16, 8), "blk.0.ffn_up.bias": (16,), "blk.0.ffn_down.weight": (8, 16)}
+    else:
+        for side in ("enc", "dec"):
+            shapes |= {f"{side}.blk.0.{name}.weight": (8, 8) for name in ("attn_q", "attn_k", "attn_v", "attn_o")}
+            shapes |= {f"{side}.blk.0.{name}.weight": (8,) for name in ("attn_norm", "ffn_norm")}
+            shapes |= {f"{side}.blk.0.ffn_up.weight": (16, 8), f"{side}.blk.0.ffn_down.weight": (8, 16)}
+            shapes |= {f"{side}.blk.0.attn_rel_b.weight": (8, 2), f"{side}.output_norm.weight": (8,)}
+        shapes |= {f"dec.blk.0.cross_attn_{name}.weight": (8, 8) for name in "qkvo"}
+        shapes["dec.blk.0.cross_attn_norm.weight"] = (8,)
+    with pytest.raises(ModelError, match="no causal language model"):
+        LlamaCppEngine(write_foreign(tmp_path / "foreign.gguf", kind, numbers, shapes))
 
 
 def test_files_that_are_no_weights_are_model_errors(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

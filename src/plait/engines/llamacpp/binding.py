@@ -77,6 +77,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_model_n_ctx_train": (_i32, _ptr),
     "llama_model_is_recurrent": (_bool, _ptr),
     "llama_model_is_hybrid": (_bool, _ptr),
+    "llama_model_is_diffusion": (_bool, _ptr),
+    "llama_model_has_encoder": (_bool, _ptr),
     "llama_model_n_swa": (_i32, _ptr),
     "llama_model_get_vocab": (_ptr, _ptr),
     "llama_vocab_n_tokens": (_i32, _ptr),
@@ -172,14 +174,25 @@ class Model:
             raise ModelError(f"llama.cpp cannot load {path}{_last_error()}")
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._handle))
         self.trained_context: int = self._lib.llama_model_n_ctx_train(self._handle)
-        if self._lib.llama_model_is_recurrent(self._handle) or self._lib.llama_model_is_hybrid(self._handle):
+        unfit = self._unfit()
+        if unfit:
             self.close()
-            raise ModelError(
-                f"{path} has recurrent layers, whose state cannot be forked at any point or merged; serve it with"
-                " llama-server or vLLM and give its URL as the engine"
-            )
+            raise ModelError(f"{path} {unfit}")
         self.windowed: bool = self._lib.llama_model_n_swa(self._handle) > 0
         """Whether some layers attend to the latest positions only."""
+
+    def _unfit(self) -> str | None:
+        """Why no context of tokens can be continued with it, if so: llama.cpp would abort, or sample nonsense."""
+        lib, handle = self._lib, self._handle
+        if lib.llama_model_is_recurrent(handle) or lib.llama_model_is_hybrid(handle):
+            return (
+                "has recurrent layers, whose state cannot be forked at any point or merged; serve it with llama-server"
+                " or vLLM and give its URL as the engine"
+            )
+        causal = self.meta(f"{self.meta('general.architecture')}.attention.causal") != "false"
+        if lib.llama_model_has_encoder(handle) or lib.llama_model_is_diffusion(handle) or not causal:
+            return "is no causal language model: it embeds, translates or fills in, and cannot continue a text"
+        return None
 
     @property
     def handle(self) -> Any:
