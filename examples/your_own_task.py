@@ -10,6 +10,7 @@ for token, they earn full marks, and threads are asked for where they make the c
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import ClassVar
@@ -26,20 +27,23 @@ from plait.tasks.vocabulary import TOKENIZER
 @dataclass(frozen=True, kw_only=True)
 class Largest:
     name: ClassVar = "largest"
-    about: ClassVar = "the largest number of 1 to 5 rows of 4 to 8 two-digit numbers: 17,25,22,31;40,18,11,52?"
+    about: ClassVar = "1 to 5 rows of 4 to 8 numbers of two digits: What is the largest number of 17,25,22;40,18,11?"
 
     rows: tuple[int, int] = (1, 5)
     """Fewest and most rows. Fields are knobs: `tasks.family("largest", {"rows": [2, 9]})`."""
 
     def sample(self, rng: random.Random) -> tasks.Problem:
         rows = [rng.choices(range(10, 100), k=rng.randint(4, 8)) for _ in range(rng.randint(*self.rows))]
-        prompt = ";".join(",".join(map(str, row)) for row in rows) + "?"
-        question = f"What is the largest number of {prompt}"
-        most, forks = str(max(map(max, rows))), len(rows) > 2
-        return tasks.Problem(family=self.name, prompt=prompt, question=question, answer=most, forks=forks)
+        return self.problem(";".join(",".join(map(str, row)) for row in rows))
 
     def parse(self, text: str) -> tasks.Problem | None:
-        return None  # Nobody asks in words: problems are drawn.
+        found = re.fullmatch(r"(?:What is the largest number of )?(\d\d(?:[,;]\d\d)*)\?", text.strip())
+        return self.problem(found[1]) if found else None
+
+    def problem(self, rows: str) -> tasks.Problem:
+        prompt, most = f"{rows}?", max(map(int, re.split("[,;]", rows)))
+        question, forks = f"What is the largest number of {prompt}", rows.count(";") > 1
+        return tasks.Problem(family=self.name, prompt=prompt, question=question, answer=str(most), forks=forks)
 
     def grade(self, problem: tasks.Problem, answer: str) -> bool:
         return answer == problem.answer
@@ -78,7 +82,7 @@ async def check(problem: tasks.Problem, format: plait.TrajectoryFormat, *, paral
 
 
 async def main(examples: int = 40) -> None:
-    tasks.RESEARCH[Largest.name] = Largest()  # From here on `mixture = {"largest": 1}` can be trained in this process.
+    tasks.TASKS.add("largest", Largest)  # In this process; `pyproject.toml` beside this file names it everywhere.
     problems = list(islice(tasks.problems("largest", seed=0, split="train"), examples))
     for name in ("multiverse", "threadweaver"):
         format = plait.open_format(name, TOKENIZER)

@@ -15,7 +15,7 @@ SRC = Path(__file__).parent.parent / "src" / "plait"
 
 LAYERS = (
     ("errors",),
-    ("types", "settings"),
+    ("types", "settings", "registry"),
     ("events",),
     ("tree",),
     ("tokenizer",),

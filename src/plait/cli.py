@@ -458,6 +458,15 @@ def formats(as_json: bool) -> int:
     return run(as_json=as_json)
 
 
+@main.command(help="List the engines, or what `--engine-option` sets of one.")
+@click.argument("name", required=False)
+@_JSON
+def engines(name: str | None, as_json: bool) -> int:
+    from plait.commands.lists import engines as run
+
+    return run(name, as_json=as_json)
+
+
 _FORMAT = click.option("--format", metavar="NAME", help="Of lines that do not name one.")
 _CONCLUSION = click.option("--conclusion", is_flag=True, help="ThreadWeaver's older form, with a conclusion.")
 

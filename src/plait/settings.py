@@ -82,14 +82,24 @@ def of_type(hint: Any, value: Any, *, name: str) -> None:
     Raises:
         RequestError: It is of another kind, or none of those listed; the message says what is allowed.
     """
-    hints: tuple[Any, ...] = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    hints = _kinds(hint)
     if any(_takes(kind, value) for kind in hints):
         return
     choices = [text for kind in hints if get_origin(kind) is Literal for text in get_args(kind)]
     if choices and isinstance(value, str):
         raise nearest(value, choices, name)
+    raise RequestError(f"{name} is {value!r}; it must be {in_words(hint)}")
+
+
+def in_words(hint: Any) -> str:
+    """What a parameter with this annotation takes: `a whole number or left out`."""
+    hints = _kinds(hint)
     wanted = [_said(kind) for kind in hints if kind is not NoneType] + ["left out"] * (NoneType in hints)
-    raise RequestError(f"{name} is {value!r}; it must be {' or '.join(dict.fromkeys(wanted))}")
+    return " or ".join(dict.fromkeys(wanted))
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def kind_of(hint: Any) -> Any:
@@ -161,14 +171,18 @@ def _takes(kind: Any, value: Any) -> bool:
         return value in get_args(kind)
     if origin in (int, float):
         return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
-    return isinstance(value, origin)
+    try:
+        return isinstance(value, origin)
+    except TypeError:
+        # Nothing can be held against it: a protocol, a type variable, a name that only type checkers import.
+        return True
 
 
 def _said(kind: Any) -> str:
     origin = get_origin(kind) or kind
     if origin is Literal:
         return " or ".join(map(str, get_args(kind)))
-    return "a function" if origin is Callable else _SAID.get(origin) or f"a {origin.__name__}"
+    return "a function" if origin is Callable else _SAID.get(origin) or f"a {getattr(origin, '__name__', origin)}"
 
 
 _PLAIN = (bool, int, float, str, tuple)

@@ -8,14 +8,14 @@ from typing import Any
 
 from plait import tasks
 from plait.engines import ENGINES, Engine, is_address
-from plait.errors import RequestError, nearest
+from plait.errors import RequestError
 from plait.models import DEFAULT, Model, gold_model, load_model, twin_name
 from plait.models.gold import NAME as GOLD
 from plait.tasks import Problem
 
 ELSEWHERE = """To ask other weights: `--model PATH.gguf` runs what `plait train sft` wrote on questions of these kinds.
-`--engine URL` and `--engine torch` run such models elsewhere. A general language model in a folder of transformers'
-answers any question: `--engine torch:FOLDER --format sequential`."""
+`--engine URL` and `--engine torch` run such models elsewhere. A general language model in a folder with a transformers
+checkpoint answers any question: `--engine torch:FOLDER --format sequential`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,10 @@ def choose(
     if engine == "http":
         raise RequestError("say which server: --engine http://HOST:PORT")
     if engine is not None and not is_address(engine):
-        engine, colon, path = engine.partition(":")
-        if engine not in ENGINES:
-            raise nearest(engine, list(ENGINES), "engine")
+        given, (engine, colon, path) = engine, engine.partition(":")
+        if engine not in ENGINES and path.isdecimal():
+            raise RequestError(f"{given!r} is no engine; if it is a server: --engine http://{given}")
+        ENGINES.require(engine)
         if colon and model is not None:
             raise RequestError(f"--engine {engine}:{path} names the weights, and so does --model: leave out one")
         model = path if colon else model

@@ -1,20 +1,23 @@
-"""`plait models`, `plait formats` and `plait tasks`: what there is."""
+"""`plait models`, `plait formats`, `plait engines` and `plait tasks`: what there is, and which package has it."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from inspect import Parameter
 from typing import Any
 
 from plait import tasks
 from plait.commands.choosing import GOLD
 from plait.commands.settings import with_knobs
+from plait.engines import ENGINES, options_of
 from plait.errors import ModelError
-from plait.formats import FORMATS, format_class, open_format, render
+from plait.formats import FORMATS, CharTokenizer, format_class, render
 from plait.models import DEFAULT, NAMES, Model, load_model, prompt_ids
-from plait.tasks.vocabulary import WIDE
+from plait.registry import Registry
+from plait.settings import in_words
 from plait.terminal.plain import plain_lines
 from plait.terminal.reading import Reader
 
@@ -71,21 +74,67 @@ def about(model: Model) -> dict[str, Any]:
 def formats(*, as_json: bool = False) -> int:
     """List the trajectory formats."""
     rows: list[dict[str, Any]] = []
-    for name in FORMATS:
-        cls = format_class(name)
-        engine = "merge" if cls.join_kind == "merge" else "any"
-        rows.append(
-            {"name": name, "join": cls.join_kind, "paper": cls.paper, "engine": engine, "tags": list(cls.tags())}
-        )
+    for row, cls in _rows(FORMATS):
+        if cls is not None:
+            engine = "merge" if cls.join_kind == "merge" else "any"
+            row |= {"join": cls.join_kind, "paper": cls.paper, "engine": engine, "tags": list(cls.tags())}
+        rows.append(row)
     if as_json:
         print(json.dumps(rows))
         return 0
     for row in rows:
-        doc = (format_class(row["name"]).__doc__ or "").strip().split("\n")[0]
-        print(f"{row['name']:13} {row['join']:7} {row['paper']:17} {doc}")
+        print(f"{row['name']:13} {row.get('join', ''):7} {row.get('paper', ''):17} {_said(row)}")
     print("\nA merge join needs an engine that merges: llamacpp, torch, scripted. The others take any engine.")
     print("Every tag must be one control token of the vocabulary: `plait formats --json` lists them.")
     return 0
+
+
+def engines(name: str | None = None, *, as_json: bool = False) -> int:
+    """List the engines, or the options of one.
+
+    Raises:
+        RequestError: No engine has this name, or the package that brings it is broken.
+        EngineUnavailable: A library it needs is not installed.
+    """
+    if name is not None:
+        options = {option: _option(parameter) for option, parameter in options_of(name).items()}
+        if as_json:
+            print(json.dumps({"name": name, "options": options}))
+            return 0
+        for option, about in options.items():
+            default = f"={about['default']}" if "default" in about else ""
+            print(f"--engine-option {option + default:24} {about['takes']}")
+        return 0
+    rows = [row for row, _ in _rows(ENGINES)]
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        print(f"{row['name']:13} {_said(row)}")
+    print(
+        "\n`plait engines NAME` lists what `--engine-option` sets. A server is named by its address, http://HOST:PORT."
+    )
+    return 0
+
+
+def _option(parameter: Parameter) -> dict[str, str]:
+    about = {"takes": "anything" if parameter.annotation is parameter.empty else in_words(parameter.annotation)}
+    if parameter.default not in (parameter.empty, None):
+        about["default"] = str(parameter.default)
+    return about
+
+
+def _rows(registry: Registry[Any]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Of every name a row that says where it comes from and what it is, and the thing; None where that is broken."""
+    for name, source, found in registry.listed():
+        broken = isinstance(found, Exception)
+        about = {"error": str(found)} if broken else {"about": (found.__doc__ or "").strip().split("\n")[0]}
+        yield {"name": name, "source": source or "plait", **about}, None if broken else found
+
+
+def _said(row: dict[str, Any]) -> str:
+    about = row["about"] if "about" in row else f"cannot be used: {row['error']}"
+    return about if row["source"] == "plait" else f"{about} [{row['source']}]"
 
 
 def families(
@@ -101,17 +150,21 @@ def families(
     Raises:
         RequestError: No family has this name, or it has not such a knob.
     """
-    chosen = with_knobs([family] if family else list(tasks.FAMILIES), settings)
+    others = [] if family else [row for row, _ in _rows(tasks.TASKS) if row["source"] != "plait"]
+    broken = [row for row in others if "error" in row]
+    source = {row["name"]: row["source"] for row in others if row not in broken}
+    chosen = with_knobs([family] if family else [*tasks.FAMILIES, *source], settings)
     drawn = {f.name: list(itertools.islice(tasks.problems(f, seed=seed, split="held_out"), sample)) for f in chosen}
     if as_json:
         rows = [
             {"name": f.name, "about": f.about, "knobs": _knobs(f), "sample": [_plain(p) for p in drawn[f.name]]}
+            | ({} if family else {"source": source.get(f.name, "plait")})
             for f in chosen
         ]
-        print(json.dumps(rows))
+        print(json.dumps(rows + broken))
         return 0
     for f in chosen:
-        print(f"{f.name}\n  {f.about}")
+        print(f"{f.name}\n  {f.about}" + (f" [{source[f.name]}]" if f.name in source else ""))
         if family:
             for knob, value in _knobs(f).items():
                 print(f"  --set {f.name}.{knob}={json.dumps(value)}")
@@ -121,6 +174,8 @@ def families(
                 print(f"  {line}")
         if sample:
             print()
+    for row in broken:
+        print(f"{row['name']}\n  {_said(row)}")
     return 0
 
 
@@ -140,7 +195,9 @@ def _plain(problem: tasks.Problem) -> dict[str, Any]:
 
 
 def _example(problem: tasks.Problem) -> list[str]:
-    format = open_format("multiverse", WIDE)
-    ids = prompt_ids(WIDE, problem.prompt)
-    tree = render(tasks.gold(problem, parallel=True), format=format, tokenizer=WIDE, prompt_ids=ids)
-    return [problem.question, *(f"  {line}" for line in plain_lines(tree, Reader(WIDE, format)))]
+    cls = format_class("multiverse")
+    # Every text can be shown, whatever a model's vocabulary has.
+    tokenizer = CharTokenizer(cls.tags())
+    format, ids = cls(tokenizer), prompt_ids(tokenizer, problem.prompt)
+    tree = render(tasks.gold(problem, parallel=True), format=format, tokenizer=tokenizer, prompt_ids=ids)
+    return [problem.question, *(f"  {line}" for line in plain_lines(tree, Reader(tokenizer, format)))]

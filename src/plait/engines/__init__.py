@@ -1,22 +1,28 @@
-"""Engines by name, imported when opened. Adding one: write the file, add its line here, run `check_engine` on it."""
+"""Engines by name, imported when opened: Plait's own, and those of installed packages (`plait.engines`)."""
 
 from __future__ import annotations
 
 import inspect
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from plait.engines.base import Engine, EngineStats
 from plait.errors import EngineUnavailable, RequestError, nearest
+from plait.registry import Registry
 from plait.settings import of_type
 
-_WHERE = {
-    "scripted": ("plait.engines.scripted", "ScriptedEngine"),
-    "llamacpp": ("plait.engines.llamacpp", "LlamaCppEngine"),
-    "torch": ("plait.engines.torch", "TorchEngine"),
-    "http": ("plait.engines.http", "HttpEngine"),
-}
-ENGINES = tuple(_WHERE)
+ENGINES: Registry[type[Any]] = Registry(
+    "plait.engines",
+    "engine",
+    {
+        "scripted": "plait.engines.scripted:ScriptedEngine",
+        "llamacpp": "plait.engines.llamacpp:LlamaCppEngine",
+        "torch": "plait.engines.torch:TorchEngine",
+        "http": "plait.engines.http:HttpEngine",
+    },
+    of=Engine,
+    needs=("__aenter__", "__aexit__"),
+)
 
 
 def is_address(engine: str) -> bool:
@@ -28,16 +34,28 @@ def engine_class(name: str) -> type[Any]:
     """The class of an engine.
 
     Raises:
-        RequestError: No engine has this name.
+        RequestError: No engine has this name, or the package that brings it is broken.
         EngineUnavailable: A library it needs is not installed.
     """
-    if name not in _WHERE:
-        raise nearest(name, list(_WHERE), "engine")
-    module, cls = _WHERE[name]
     try:
-        return getattr(import_module(module), cls)
+        return ENGINES[name]
     except ImportError as exc:
         raise EngineUnavailable(f"the {name} engine cannot be imported: {exc}") from exc
+
+
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """What the class of an engine takes.
+
+    Raises:
+        RequestError: No engine has this name, or the package that brings it is broken.
+        EngineUnavailable: A library it needs is not installed.
+    """
+    cls = engine_class(name)
+    try:
+        return dict(inspect.signature(cls, eval_str=True).parameters)
+    except Exception:
+        # Annotations may be names that only type checkers import, and anything else.
+        return dict(inspect.signature(cls).parameters)
 
 
 def open_engine(name: str, **options: Any) -> Engine:
@@ -51,16 +69,22 @@ def open_engine(name: str, **options: Any) -> Engine:
         RequestError: No engine has this name, it has no such option, or does not take this value for it.
         EngineUnavailable: A library it needs is not installed.
     """
-    cls = engine_class(name)
-    known = inspect.signature(cls, eval_str=True).parameters
+    cls, known = engine_class(name), options_of(name)
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for option, value in options.items():
-        if option not in known:
+        if option in known:
+            hint = known[option].annotation
+            if hint is str and isinstance(value, Path):
+                options[option] = str(value)
+            elif hint is not inspect.Parameter.empty:
+                of_type(hint, value, name=f"{option} of the {name} engine")
+        elif not anything:
             raise nearest(option, list(known), f"option of the {name} engine")
-        of_type(known[option].annotation, value, name=f"{option} of the {name} engine")
     for option, parameter in known.items():
-        if parameter.default is parameter.empty and option not in options:
+        named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if named and parameter.default is parameter.empty and option not in options:
             raise RequestError(f"the {name} engine needs {option}")
     return cls(**options)
 
 
-__all__ = ["ENGINES", "Engine", "EngineStats", "engine_class", "is_address", "open_engine"]
+__all__ = ["ENGINES", "Engine", "EngineStats", "engine_class", "is_address", "open_engine", "options_of"]

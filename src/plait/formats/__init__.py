@@ -1,11 +1,9 @@
-"""Trajectory formats by name. Each is one file; adding one: write the file, add its line here."""
+"""Trajectory formats by name: Plait's own, each one file, and those of installed packages (`plait.formats`)."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-from plait.errors import nearest
 from plait.formats.base import (
     Await,
     Block,
@@ -25,33 +23,36 @@ from plait.formats.base import (
 )
 from plait.formats.render import render, trajectory_of
 from plait.formats.text import CharTokenizer
+from plait.registry import Registry
 from plait.tokenizer import Tokenizer
 
-_WHERE = {
-    "sequential": ("plait.formats.sequential", "Sequential"),
-    "threadweaver": ("plait.formats.threadweaver", "ThreadWeaver"),
-    "multiverse": ("plait.formats.multiverse", "Multiverse"),
-    "plait": ("plait.formats.plait", "Plait"),
-    "npr": ("plait.formats.npr", "NPR"),
-    "medverse": ("plait.formats.medverse", "MedVerse"),
-    "parallel_r1": ("plait.formats.parallel_r1", "ParallelR1"),
-    "parathinker": ("plait.formats.parathinker", "ParaThinker"),
-    "apr": ("plait.formats.apr", "APR"),
-    "asyncthink": ("plait.formats.asyncthink", "AsyncThink"),
-}
-FORMATS = tuple(_WHERE)
+FORMATS: Registry[type[Any]] = Registry(
+    "plait.formats",
+    "format",
+    {
+        "sequential": "plait.formats.sequential:Sequential",
+        "threadweaver": "plait.formats.threadweaver:ThreadWeaver",
+        "multiverse": "plait.formats.multiverse:Multiverse",
+        "plait": "plait.formats.plait:Plait",
+        "npr": "plait.formats.npr:NPR",
+        "medverse": "plait.formats.medverse:MedVerse",
+        "parallel_r1": "plait.formats.parallel_r1:ParallelR1",
+        "parathinker": "plait.formats.parathinker:ParaThinker",
+        "apr": "plait.formats.apr:APR",
+        "asyncthink": "plait.formats.asyncthink:AsyncThink",
+    },
+    of=TrajectoryFormat,
+    needs=("name", "paper", "join_kind"),
+)
 
 
 def format_class(name: str) -> type[Any]:
     """The class of a format.
 
     Raises:
-        RequestError: No format has this name.
+        RequestError: No format has this name, or the package that brings it is broken.
     """
-    if name not in _WHERE:
-        raise nearest(name, list(_WHERE), "format")
-    module, cls = _WHERE[name]
-    return getattr(import_module(module), cls)
+    return FORMATS[name]
 
 
 def open_format(name: str, tokenizer: Tokenizer, **options: Any) -> TrajectoryFormat:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plait import tasks
-from plait.engines import Engine, is_address, open_engine
+from plait.engines import Engine, is_address, open_engine, options_of
 from plait.engines.scripted import Script
 from plait.errors import ModelError, RequestError, nearest
 from plait.formats import FORMATS, BudgetLevels, TrajectoryFormat, open_format
@@ -114,7 +114,10 @@ class Model:
             raise RequestError(f"the {name} engine cannot run {self.name}; it runs in {self.engine}")
         if self.path.is_dir() and name == "llamacpp":
             raise RequestError(f"the llamacpp engine reads GGUF files; {self.path} is a folder: use the torch engine")
-        return open_engine(name, path=self.path, **options)
+        if "path" in options:
+            raise RequestError(f"the weights of {self.name} are {self.path}: leave out the option path")
+        # One that takes no weights has its own.
+        return open_engine(name, **({"path": self.path} if "path" in options_of(name) else {}), **options)
 
     def request(self, question: str, **settings: Any) -> Request:
         """A question in plain words as a request.
@@ -179,8 +182,7 @@ def load_model(name_or_path: str = DEFAULT, *, format: str | None = None) -> Mod
         header = read_header(path)
         model = _model(path, name, header, _about(path, header))
     if format is not None and format != model.format_name:
-        if format not in FORMATS:
-            raise nearest(format, list(FORMATS), "format")
+        FORMATS.require(format)
         raise RequestError(
             f"{model.name} was trained in the {model.format_name} format and cannot be run in {format}: "
             f"a {model.join} join is part of what it learned. Leave out the format, or name weights trained in {format}"
@@ -214,7 +216,7 @@ def _find(name_or_path: str) -> tuple[Path, str]:
         raise ModelError(f"there is no model file {path}")
     unknown = nearest(name_or_path, list(NAMES), "model")
     raise RequestError(
-        f"{unknown}; or give the path of a GGUF file that `plait train sft` wrote, or of a folder of transformers'"
+        f"{unknown}; or give a path: a GGUF file that `plait train` wrote, or a folder with a transformers checkpoint"
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
 from plait.errors import RequestError, nearest
 from plait.formats.base import Block, Return, Trajectory
+from plait.registry import Registry
 from plait.tasks.base import Budgeted, Family, Problem, Told
 from plait.tasks.bundle import Bundle
 from plait.tasks.control import Control
@@ -26,6 +27,14 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 """What the embedded models are trained on."""
 RESEARCH: dict[str, Family] = {family.name: family for family in (CountdownSearch(), Nested())}
 """For comparisons of formats and with published systems; no embedded model knows them."""
+TASKS: Registry[Callable[..., Family]] = Registry(
+    "plait.tasks",
+    "family",
+    {name: type(family) for name, family in (FAMILIES | RESEARCH).items()},
+    of=Family,
+    needs=("name", "about", "__dataclass_fields__"),
+)
+"""The classes of all families: these, and those of installed packages."""
 
 Split = Literal["train", "held_out"]
 _ANSWER = "Answer: "
@@ -35,17 +44,15 @@ def family(name: str, knobs: Mapping[str, Any] | None = None) -> Family:
     """A family by name.
 
     Args:
-        name: One of `FAMILIES` or `RESEARCH`.
+        name: One of `TASKS`.
         knobs: What its problems are drawn from, by the names of its fields; by default the range that the embedded
             model was trained on.
 
     Raises:
-        RequestError: No family has this name, or it has no such knob or not with such a value.
+        RequestError: No family has this name, it has no such knob or not with such a value, or the package that brings
+            it is broken.
     """
-    known_families = FAMILIES | RESEARCH
-    if name not in known_families:
-        raise nearest(name, list(known_families), "family")
-    found = known_families[name]
+    found = TASKS[name]()
     if not knobs:
         return found
     known_knobs = [f.name for f in fields(found)]
@@ -101,6 +108,9 @@ def parse(question: str) -> Problem:
         reason = f"no family has questions like {text!r}"
     except RequestError as exc:
         reason = str(exc)
+    for name, _, found in _others():
+        if not isinstance(found, Exception) and (problem := family(name).parse(question)) is not None:
+            return problem
     raise RequestError(f"{reason}\n{known()}")
 
 
@@ -114,8 +124,16 @@ def _order(text: str) -> list[Family]:
 
 
 def known() -> str:
-    """What the families know, a line each."""
-    return "What the embedded model was trained on:\n" + "\n".join(f"  {f.name}: {f.about}" for f in _FAMILIES)
+    """A question of each of Plait's families, which is how its `about` ends, and what families others bring."""
+    lines = ["The embedded model was trained on questions like these (`plait tasks` says their ranges):"]
+    lines += [f"  {f.about.rpartition(': ')[2]}" for f in _FAMILIES]
+    others = [f"  {name}: {getattr(found, 'about', found)} ({source})" for name, source, found in _others()]
+    return "\n".join([*lines, *(["Families of other packages:", *others] if others else [])])
+
+
+def _others() -> list[tuple[str, str, Any]]:
+    """What is not Plait's: name, where it comes from, class or what is wrong with it."""
+    return [row for row in TASKS.listed() if row[1]]
 
 
 def gold(
@@ -190,6 +208,7 @@ def grade(problem: Problem, text: str) -> bool:
 __all__ = [
     "FAMILIES",
     "RESEARCH",
+    "TASKS",
     "Budgeted",
     "Family",
     "Problem",

@@ -163,7 +163,7 @@ def gold_source(
     if traces not in ("parallel", "serial", "either"):
         raise nearest(traces, ["parallel", "serial", "either"], "kind of trace")
     opened = open_format(format, tokenizer)
-    families = {name: tasks.family(name, knobs.get(name)) for name in (*tasks.FAMILIES, *tasks.RESEARCH)}
+    families = {name: tasks.family(name, chosen) for name, chosen in knobs.items()}
     if budget is not None:
         # A format that cannot say it is refused before the first step.
         opened.condition(tokenizer.bos_ids, budget.draw(random.Random(0)))

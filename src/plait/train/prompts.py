@@ -89,7 +89,7 @@ def task_source(
         RequestError: No format has this name.
     """
     opened = open_format(format, tokenizer)
-    families = {name: tasks.family(name, (knobs or {}).get(name)) for name in tasks.FAMILIES}
+    families = {name: tasks.family(name, chosen) for name, chosen in (knobs or {}).items()}
 
     def draw(family: str, rng: random.Random, split: Literal["train", "held_out"]) -> Prompt:
         problem = tasks.sample(families.get(family, family), rng, split)

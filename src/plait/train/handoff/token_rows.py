@@ -47,7 +47,7 @@ def check_rows(format: str) -> None:
             overlap: a causal sequence is another function, and training it would teach what is never run.
     """
     if format_class(format).join_kind == "merge":
-        fit = [name for name in FORMATS if format_class(name).join_kind != "merge"]
+        fit = [name for name in FORMATS.own if format_class(name).join_kind != "merge"]
         raise UnsupportedJoin(
             f"the {format} format joins by merge, which rows of plain sequences cannot express; formats whose joins "
             f"are text: {', '.join(fit)}. Packed trees train it: `plait train rl`"

@@ -1,0 +1,239 @@
+"""Formats, engines and families of installed packages: found by their entry points, in commands and in Python.
+
+What is installed here is what pip leaves behind: modules on the path, and a `.dist-info` folder beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+from click.testing import CliRunner, Result
+
+from plait.cli import main
+from plait.engines import ENGINES, open_engine
+from plait.errors import RequestError
+from plait.formats import FORMATS, CharTokenizer, format_class, open_format, text_format
+from plait.models import load_model
+from plait.tasks import family, parse
+from plait.testing import check_format
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+WOVEN = """
+from plait.engines.llamacpp import LlamaCppEngine
+from plait.formats.threadweaver import ThreadWeaver
+
+class Woven(ThreadWeaver):
+    \"\"\"ThreadWeaver by another name.\"\"\"
+    name, paper = "woven", "-"
+
+class Slow(LlamaCppEngine):
+    \"\"\"llama.cpp, and no hurry.\"\"\"
+    name = "slow"
+    def __init__(self, path: str, *, minutes: int = 0, **options):
+        assert isinstance(path, str)
+        super().__init__(path, **options)
+        self.minutes = minutes
+
+class Half:
+    name, paper, join_kind = "half", "-", "concat"
+    def parse(self, sampled_ids, depth): ...
+
+def function(): ...
+"""
+
+Install: TypeAlias = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Install a package: its name, and its entry points by group as `name="module:object"`."""
+    (tmp_path / "woven.py").write_text(WOVEN, encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "woven", raising=False)
+
+    def written(package: str, **groups: dict[str, str]) -> None:
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n", encoding="utf-8")
+        lines = [f"[plait.{group}]\n{name} = {value}\n" for group in groups for name, value in groups[group].items()]
+        (info / "entry_points.txt").write_text("".join(lines), encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return written
+
+
+def plait(*args: str) -> Result:
+    return CliRunner().invoke(main, list(args), prog_name="plait")
+
+
+def listed(command: str) -> dict[str, dict[str, Any]]:
+    result = plait(command, "--json")
+    assert result.exit_code == 0, result.stderr
+    return {row["name"]: row for row in json.loads(result.stdout) if row["source"] != "plait"}
+
+
+# What a package brings -----------------------------------------------------------------------------------------------
+
+
+def test_the_examples_install_as_a_package(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((EXAMPLES / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    monkeypatch.syspath_prepend(EXAMPLES)
+    install(project["name"], **{g.removeprefix("plait."): e for g, e in project["entry-points"].items()})
+    source = f"{project['name']} 1.0"
+    for command, name in (("formats", "todo"), ("engines", "ngrams"), ("tasks", "largest")):
+        assert listed(command)[name]["source"] == source
+        assert f"[{source}]" in plait(command).stdout
+    assert "--set largest.rows=[1, 5]" in plait("tasks", "largest", "--sample", "1").stdout
+    assert check_format(FORMATS["todo"], examples=2, mutations=5) == ["F1", "F3", "F4", "F5", "F7", "F8", "F9"]
+    assert open_engine("ngrams").max_context == 1024
+    asked = parse("What is the largest number of 17,25,22;40,18;31,12?")
+    graded = plait("eval", "--engine", "scripted", "--family", "largest", "-n", "3", "--json")
+    assert json.loads(graded.stdout)["accuracy"] == 1.0
+    assert (asked.family, asked.answer, asked.forks) == ("largest", "40", True)
+    assert family("largest", {"rows": [2, 9]}).rows == (2, 9)  # type: ignore[attr-defined]
+
+
+def test_a_format_is_named_in_commands(install: Install, tmp_path: Path) -> None:
+    install("woven", formats={"woven": "woven:Woven"})
+    solved = plait("solve", "What is 347 * 526?", "--engine", "scripted", "--format", "woven", "--check", "--json")
+    assert solved.exit_code == 0, solved.stderr
+    assert json.loads(solved.stdout)["answer"] == str(347 * 526)
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text(json.dumps({"text": "one line", "format": "threadweaver"}), encoding="utf-8")
+    converted = plait("convert", str(traces), "--to", "woven")
+    assert json.loads(converted.stdout)["format"] == "woven"
+    assert plait("validate", str(traces), "--format", "woven").exit_code == 0
+    assert "was trained in the multiverse format" in plait("solve", "2*3", "--format", "woven").stderr
+
+
+def test_an_engine_runs_the_weights_that_are_named(install: Install) -> None:
+    install("woven", engines={"slow": "woven:Slow"})
+    for args in (["--engine", "slow"], ["--engine", f"slow:{load_model().path}", "--engine-option", "cells=2048"]):
+        solved = plait("solve", "What is 34 * 27?", "--check", *args)
+        assert solved.exit_code == 0, solved.stderr
+    refused = plait("solve", "What is 34 * 27?", "--engine", "slow", "--engine-option", "minutes=long")
+    assert "minutes of the slow engine is 'long'; it must be a whole number" in refused.stderr
+    said = plait("engines", "slow").stdout
+    assert "--engine-option minutes=0" in said
+
+
+def test_what_this_process_adds_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FORMATS, "_added", {})
+
+    class Mine(format_class("threadweaver")):
+        name = "mine"
+
+    FORMATS.add("mine", Mine)
+    assert isinstance(text_format("mine"), Mine)
+    assert ("mine", "this process", Mine) in FORMATS.listed()
+    with pytest.raises(RequestError, match="Plait has a format 'plait'"):
+        FORMATS.add("plait", Mine)
+    with pytest.raises(RequestError, match="the format 'other' calls itself 'mine'; both names must be the same"):
+        FORMATS.add("other", Mine)
+
+
+# What is broken ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("absent:Woven", "cannot be imported: ModuleNotFoundError: No module named 'absent'"),
+        ("torn:Woven", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("woven:Wove", "cannot be imported: AttributeError: module 'woven' has no attribute 'Wove'"),
+        ("woven:function", "is of type function; it must be a class with the methods of plait.formats.base.Traj"),
+        ("woven:Half", "lacks stop_ids, eos_ids, begin, opening, "),
+        ("woven:Woven", "calls itself 'woven'; both names must be the same"),
+    ],
+)
+def test_a_broken_package_is_named_and_stops_nothing_else(
+    install: Install, tmp_path: Path, value: str, fault: str
+) -> None:
+    (tmp_path / "torn.py").write_text("1 / 0\n", encoding="utf-8")
+    install("torn-out", formats={"half": value, "woven": "woven:Woven"}, tasks={"half": value}, engines={"half": value})
+    with pytest.raises(RequestError) as failed:
+        open_format("half", CharTokenizer(()))
+    assert str(failed.value).startswith(f"the format 'half' of torn-out 1.0 ({value}) {fault}")
+    assert str(failed.value).endswith("; mend or uninstall torn-out 1.0")
+    solved = plait("solve", "What is 2 * 3?", "--engine", "scripted", "--format", "half")
+    assert (solved.exit_code, solved.stderr) == (2, f"plait: {failed.value}\n")
+    for command in ("formats", "engines", "tasks"):
+        assert "mend or uninstall torn-out 1.0" in listed(command)["half"]["error"]
+        assert "cannot be used: the " in plait(command).stdout
+    assert listed("formats")["woven"]["about"] == "ThreadWeaver by another name."
+    assert plait("solve", "What is 34 * 27?", "--engine", "scripted", "--format", "woven", "--check").exit_code == 0
+    unknown = plait("solve", "Who wrote Faust?", "--engine", "scripted")
+    assert "the family 'half' of torn-out 1.0" in unknown.stderr
+
+
+def test_a_name_of_plait_s_own_stays_its_own(install: Install) -> None:
+    install("usurper", formats={"plait": "woven:Woven"}, tasks={"product": "woven:Half"}, engines={"torch": "x:Y"})
+    assert format_class("plait").__module__ == "plait.formats.plait"
+    assert family("product").about.startswith("a product of three")
+    for command, name in (("formats", "plait"), ("tasks", "product"), ("engines", "torch")):
+        assert listed(command)[name]["error"].endswith("of this name, which is used; usurper 1.0 must rename its own")
+    assert list(FORMATS).count("plait") == 1
+
+
+def test_two_packages_with_one_name_are_both_named(install: Install) -> None:
+    for package in ("one", "other"):
+        install(package, formats={"woven": "woven:Woven"})
+    with pytest.raises(RequestError, match=r"in several packages \(one 1.0, other 1.0\): uninstall all but one"):
+        format_class("woven")
+
+
+def test_an_unknown_name_is_held_against_those_of_packages_too(install: Install) -> None:
+    install("woven", formats={"woven": "woven:Woven"}, engines={"slow": "woven:Slow"}, tasks={"halves": "woven:Half"})
+    with pytest.raises(RequestError, match="unknown format 'wowen'; did you mean 'woven'"):
+        format_class("wowen")
+    assert "did you mean 'slow'" in plait("solve", "2*3", "--engine", "slwo").stderr
+    assert "did you mean 'halves'" in plait("eval", "--family", "halvs").stderr
+
+
+def test_packages_are_not_looked_at_while_plait_s_own_names_are_used() -> None:
+    script = (
+        "import sys, plait; from plait.tasks import family; before = set(sys.modules)\n"
+        "plait.open_format('plait', plait.load_model().tokenizer); plait.open_engine('scripted'); family('product')\n"
+        "print('importlib.metadata' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
+
+
+# What engines of others look like ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["path", "path: Path", "path: str | 'Unseen'", "path: 'Unseen'", "*, path: Sized"])
+def test_an_engine_s_annotations_need_not_be_plait_s(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setattr(ENGINES, "_added", {})
+    scope: dict[str, Any] = {}
+    code = f"""
+from __future__ import annotations
+from pathlib import Path
+from typing import Protocol
+from plait.engines.scripted import ScriptedEngine
+
+class Sized(Protocol):
+    size: int
+
+class Own(ScriptedEngine):
+    name = "own"
+    def __init__(self, {source}, **more):
+        super().__init__()
+        self.given = path, more
+"""
+    exec(code, scope)
+    ENGINES.add("own", scope["Own"])
+    path = load_model().path
+    assert path is not None
+    assert load_model().open_engine("own", dials=3).given == (path, {"dials": 3})  # type: ignore[attr-defined]
+    with pytest.raises(RequestError, match="the own engine needs path"):
+        open_engine("own", dials=3)
