@@ -10,7 +10,7 @@ import pytest
 
 from plait.engines import open_engine
 from plait.engines.llamacpp import LlamaCppEngine
-from plait.engines.sampling import Sampler
+from plait.engines.sampling import Sampler, uniforms
 from plait.errors import EngineError, RequestError
 from plait.models import load_model
 from plait.types import SamplingParams
@@ -107,3 +107,14 @@ async def test_all_ids_banned_and_a_model_that_gives_nan_are_errors(monkeypatch:
         monkeypatch.setattr(Sampler, "sample", nan)
         with pytest.raises(EngineError, match="gave NaN"):
             await anext(engine.generate(context, SamplingParams(max_tokens=4)))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-310, 5e-324])
+def test_a_temperature_next_to_none_is_greedy(temperature: float) -> None:
+    sampler = Sampler(1, 48)
+    sampler.place(0, SamplingParams(max_tokens=1, temperature=temperature), uniforms(0))
+    sampler.arrange(1)
+    logits = np.random.default_rng(0).standard_normal((1, 48)).astype(np.float32)
+    ids, logprobs = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    sampler.sample(logits, ids, logprobs)
+    assert ids[0] == logits.argmax() > 0

@@ -418,7 +418,9 @@ async def test_what_a_caller_states_reaches_the_server() -> None:
 
 
 @only_on_asyncio
-@pytest.mark.parametrize(("key", "salt"), [("", None), ("a\nb", None), ("k", "a@b"), ("k", "x" * 129), ("k", "")])
+@pytest.mark.parametrize(
+    ("key", "salt"), [("", None), ("a\nb", None), (" k", None), ("k", "a@b"), ("k", "x" * 129), ("k", "")]
+)
 async def test_keys_and_salts_that_servers_refuse_are_refused_here(key: str, salt: str | None) -> None:
     with pytest.raises(RequestError), affinity(key, cache_salt=salt):
         pass
@@ -882,9 +884,17 @@ async def test_keys_are_sent_and_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
             pass
     async with opened(FakeVllm(api_key="secret"), api_key="secret") as engine:
         assert (await call(engine))[1] is StopReason.LENGTH
-    monkeypatch.setenv("PLAIT_ENGINE_KEY", "secret")
+    monkeypatch.setenv("PLAIT_ENGINE_KEY", "secret\n")  # as a file ends
     async with opened(FakeVllm(api_key="secret")) as engine:
         assert engine.servers[0].kind == "vllm"
+
+
+@only_on_asyncio
+@pytest.mark.parametrize("key", ["se\ncret", "secret\x00", "s\u00e9cret"])
+async def test_a_key_that_no_header_takes_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(RequestError, match="PLAIT_ENGINE_KEY") as info:
+        HttpEngine("http://localhost:1", api_key=key)
+    assert "cret" not in str(info.value)
 
 
 @only_on_asyncio

@@ -39,8 +39,8 @@ def affinity(key: str, *, cache_salt: str | None = None) -> Iterator[None]:
     Raises:
         RequestError: The key is empty, or the salt is not one that servers take.
     """
-    if not key or not key.isascii() or not key.isprintable():
-        raise RequestError(f"the affinity key is {key!r}; it must be printable ASCII, at least one character")
+    if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+        raise RequestError(f"the affinity key is {key!r}; it must be printable ASCII, with no space around it")
     if cache_salt is not None and (not 0 < len(cache_salt) <= 128 or set(cache_salt) & _SALT_REFUSED):
         raise RequestError("a cache salt has 1 to 128 characters and none of @ / \\ NUL")
     token = _STATED.set(Affinity(key, cache_salt))

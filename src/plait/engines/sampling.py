@@ -112,8 +112,9 @@ class Sampler:
         params = [self._params[i] for i in self._hot]
         draws = [self._draws[i] for i in self._hot]
         scaled_HV = logits_HV.astype(np.float64)
-        scaled_HV /= np.array([[p.temperature] for p in params if p is not None])
         scaled_HV -= scaled_HV.max(1, keepdims=True)
+        with np.errstate(over="ignore"):  # of all but the likeliest, at a temperature next to none
+            scaled_HV /= np.array([[p.temperature] for p in params if p is not None])
         weights_HV = np.exp(scaled_HV)
         for weights_V, p in zip(weights_HV, params, strict=True):
             if p is not None and (p.top_k or p.top_p < 1):

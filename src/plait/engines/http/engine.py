@@ -100,7 +100,7 @@ class HttpEngine:
         """Addresses that did not answer when it was opened, and why; they are no longer among `urls`."""
         self._asked = {"kind": kind, "model": model}
         self._asked_context = max_context
-        self._api_key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
+        self._api_key = _key(api_key if api_key is not None else os.environ.get(KEY_VARIABLE, ""))
         self._max_calls, self._retries, self._share_prefill = max_calls, retries, share_prefill
         self.timeouts = timeouts or Timeouts()
         self._dialects: list[Dialect] = []
@@ -408,6 +408,18 @@ class _State:
         # A server that stops for length before `room` has less context than it said.
         full = len(self.sampled) >= self.room or (piece.finish == "length" and self.sampled)
         return StopReason.LENGTH if full else None
+
+
+def _key(given: str) -> str:
+    """An API key as it goes into a header; what surrounds it, such as the newline of a file, is no part of it.
+
+    Raises:
+        RequestError: It holds what a header cannot; it is not repeated.
+    """
+    key = given.strip()
+    if not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
+        raise RequestError(f"the API key (api_key=, or {KEY_VARIABLE}) holds more than printable ASCII without spaces")
+    return key
 
 
 def base_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
