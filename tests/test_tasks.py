@@ -300,3 +300,10 @@ def test_four_numbers_are_searched_to_the_end_or_to_the_first_hit() -> None:
 def test_a_knob_that_is_not_there_or_cannot_be_is_refused(name: str, knobs: dict[str, object], reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
         tasks.family(name, knobs)
+
+
+def test_a_refusal_shows_a_question_of_each_family() -> None:
+    with pytest.raises(RequestError) as caught:
+        tasks.parse("Why is the sky blue?")
+    shown = [line.strip() for line in str(caught.value).splitlines() if line.startswith("  ")]
+    assert [tasks.parse(question).family for question in shown] == list(tasks.FAMILIES)

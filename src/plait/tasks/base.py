@@ -38,7 +38,7 @@ class Family(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]
     about: ClassVar[str]
-    """One line: the range that is trained and what a question looks like."""
+    """One line: the range that is trained, a colon, and a question."""
 
     def sample(self, rng: random.Random) -> Problem:
         """Draw a problem from the range that the knobs say, train and held-out alike."""
