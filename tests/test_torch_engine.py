@@ -160,7 +160,10 @@ async def test_a_padded_step_samples_the_same(monkeypatch: pytest.MonkeyPatch) -
         expected = await side_by_side(engine, contexts, max_tokens=20)
     async with make(compile=True, block_size=2) as engine:
         assert await side_by_side(engine, contexts, max_tokens=20) == expected
-        await engine.load_weights(tiny_llama.weights(1), version=1)
+        diverged = {name: weight * np.float32("nan") for name, weight in tiny_llama.weights(1).items()}
+        await engine.load_weights(diverged, version=1)
+        await side_by_side(engine, contexts, max_tokens=4, logprobs=False)
+        await engine.load_weights(tiny_llama.weights(1), version=2)  # nothing is left where padding reads
         ids, _, _ = await call(engine, (PROMPT,), max_tokens=20)
     async with make(1) as engine:
         assert ids == (await call(engine, (PROMPT,), max_tokens=20))[0]
@@ -453,6 +456,7 @@ async def test_weights_that_do_not_fit_are_refused_and_change_nothing() -> None:
             ({**good, "model.norm.weight": np.ones(3, np.float32)}, r"model.norm.weight has shape \[3\]"),
             ({k: v for k, v in good.items() if k != "model.norm.weight"}, "lack model.norm.weight"),
             ({**good, "model.extra.weight": np.ones(3)}, "hold model.extra.weight"),
+            ({name: torch.from_numpy(weight).to("meta") for name, weight in good.items()}, "device meta"),
         ):
             with pytest.raises(RequestError, match=message):
                 await engine.load_weights(bad, version=9)
@@ -549,8 +553,14 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "none")
     with pytest.raises(ModelError, match=r"config\.json"):
         read_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="holds no object"):
+        read_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["model-1.safetensors"]}}')
+    with pytest.raises(ModelError, match="cannot read"):
         read_checkpoint(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(ModelError, match=r"lacks model-1\.safetensors"):
@@ -568,10 +578,19 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
     [
         ({"model_type": "mamba"}, "cannot run model_type 'mamba'"),
         ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"partial_rotary_factor": 0.5}, "a part of each head"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rotary embedding of the kind"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope scaling 'longrope'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks 'factor'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "makes no sense"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "gives no numbers"),
         ({"hidden_size": None}, "incomplete"),
+        ({"num_attention_heads": 0}, "incomplete"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+        ({"max_position_embeddings": -1}, "above 0"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -76,6 +76,8 @@ def _folder(path: Path) -> Checkpoint:
         raise ModelError(
             f"cannot read {path / 'config.json'}: {exc}; a folder must be as transformers saves it"
         ) from exc
+    if not isinstance(config, dict):
+        raise ModelError(f"{path / 'config.json'} holds no object; a folder must be as transformers saves it")
     weights: dict[str, Any] = {}
     for file in _shards(path):
         weights |= load_safetensors(file)
@@ -109,7 +111,7 @@ def _shards(path: Path) -> list[Path]:
         return found
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as exc:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as exc:
         raise ModelError(f"cannot read {index}: {type(exc).__name__}: {exc}") from exc
     if lost := [name for name in names if not (path / name).is_file()]:
         raise ModelError(f"{path} lacks {lost[0]} ({len(lost)} of {len(names)} files missing)")

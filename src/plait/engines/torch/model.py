@@ -58,15 +58,13 @@ class Config:
         kind = config.get("model_type", "llama")
         if kind not in _ARCHITECTURES:
             raise ModelError(f"the torch engine cannot run model_type {kind!r}; it runs {', '.join(_ARCHITECTURES)}")
-        if config.get("use_sliding_window"):
-            raise ModelError("the torch engine has no sliding-window attention; this model uses it")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ModelError(f"the torch engine has no hidden_act {config['hidden_act']!r}, only 'silu'")
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if what := _unknown(config, rope):
+            raise ModelError(f"the torch engine has no {what}; this model uses it")
         bias = bool(config.get("attention_bias", False))
         try:
             heads = int(config["num_attention_heads"])
-            return cls(
+            read = cls(
                 vocab_size=int(config["vocab_size"]),
                 width=int(config["hidden_size"]),
                 inner=int(config["intermediate_size"]),
@@ -84,8 +82,30 @@ class Config:
                 out_bias=bias,
                 mlp_bias=bool(config.get("mlp_bias", False)),
             )
-        except (KeyError, TypeError, ValueError) as exc:
+        except (ArithmeticError, KeyError, TypeError, ValueError) as exc:
             raise ModelError(f"the model's config is incomplete: {type(exc).__name__}: {exc}") from exc
+        sizes = (read.vocab_size, read.width, read.inner, read.layers, read.heads, read.kv_heads, read.head_dim)
+        if min(*sizes, read.max_positions, read.theta) <= 0 or read.heads % read.kv_heads or read.head_dim % 2:
+            raise ModelError(
+                f"the model's config makes no sense: its sizes must be above 0, num_attention_heads ({read.heads}) a"
+                f" multiple of num_key_value_heads ({read.kv_heads}), head_dim ({read.head_dim}) even"
+            )
+        return read
+
+
+def _unknown(config: Mapping[str, Any], rope: Any) -> str | None:
+    """What a config asks for that this file does not do, and would leave out without a word."""
+    if config.get("use_sliding_window") or any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+        return "sliding-window attention"
+    if config.get("hidden_act", "silu") != "silu":
+        return f"hidden_act {config['hidden_act']!r}, only 'silu'"
+    if config.get("quantization_config"):
+        return "quantised weights (quantization_config)"
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        return f"rotary embedding of the kind {rope!r:.80}"
+    if any(of.get("partial_rotary_factor") not in (None, 1) for of in (config, rope)):
+        return "rotary embedding of a part of each head (partial_rotary_factor)"
+    return None
 
 
 class Decoder:
@@ -144,8 +164,9 @@ class Decoder:
                 weight = _tensor(weights[name])
             except (TypeError, ValueError, RuntimeError) as exc:
                 raise RequestError(f"{name} is no array that torch takes: {exc}") from exc
-            if not weight.is_floating_point():
-                raise RequestError(f"{name} holds {weight.dtype}; weights are floats")
+            if not weight.is_floating_point() or weight.is_meta:
+                kind = "nothing (device meta)" if weight.is_meta else weight.dtype
+                raise RequestError(f"{name} holds {kind}; weights are floats")
             if weight.shape != view.shape:
                 raise RequestError(f"{name} has shape {list(weight.shape)}; this model has {list(view.shape)}")
 
@@ -350,6 +371,10 @@ def rotary(config: Config, positions: int) -> tuple[Tensor, Tensor]:
             raise ModelError(f"the torch engine has no rope scaling {kind!r}; it has default, linear, llama3, yarn")
     except KeyError as exc:
         raise ModelError(f"the model's rope scaling {kind!r} lacks {exc}") from exc
+    except (ArithmeticError, TypeError, ValueError) as exc:
+        raise ModelError(f"the model's rope scaling makes no sense ({exc}): {dict(rope)!r:.200}") from exc
+    if not inverse.isfinite().all():
+        raise ModelError(f"the model's rope scaling gives no numbers: {dict(rope)!r:.200}")
     angle = torch.outer(torch.arange(positions, dtype=torch.float64), inverse)
     angle = torch.cat([angle, angle], -1)
     return (angle.cos() * scale).float(), (angle.sin() * scale).float()

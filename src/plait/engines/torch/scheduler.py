@@ -243,6 +243,8 @@ class Scheduler(scheduler.Scheduler[Call]):
             try:
                 with torch.inference_mode():
                     self._decoder.load(new.weights)
+                    for kv in self._cache:
+                        kv.zero_()  # padding reads cells, and weights that diverged leave NaN there
             except Exception as exc:
                 new.done(EngineError(f"the weights could not be put in place: {exc}"))
                 raise
