@@ -22,6 +22,8 @@ from plait.errors import ModelError
 _PREFIX = "base_model.model."
 _OTHERWISE = {"use_dora": "DoRA", "modules_to_save": "whole modules", "lora_bias": "biases of its own"}
 """What peft may also save, and this does not add."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin (`init_lora_weights`) that take something out of the base weights: the adapter is for what is left."""
 
 
 def with_lora(checkpoint: Checkpoint, folder: str | Path, *, scale: float = 1.0) -> Checkpoint:
@@ -40,7 +42,7 @@ def with_lora(checkpoint: Checkpoint, folder: str | Path, *, scale: float = 1.0)
     weights = dict(checkpoint.weights)
     for name, (a, b) in pairs.items():
         at = f"{name}.weight"
-        if at not in weights:
+        if at not in weights or (name == "lm_head" and checkpoint.config.get("tie_word_embeddings")):
             raise ModelError(f"{folder} adapts {name}, which these weights do not have")
         weight = torch.as_tensor(weights[at])
         if b.shape[0] != weight.shape[0] or a.shape[1] != weight.shape[1] or a.shape[0] != b.shape[1]:
@@ -59,11 +61,17 @@ def _config(folder: Path) -> Mapping[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise ModelError(f"cannot read {file}: {exc}; a LoRA adapter is a folder as peft saves it") from exc
-    if config.get("peft_type") != "LORA" or "lora_alpha" not in config:
-        raise ModelError(f"{folder} is a {config.get('peft_type')} adapter; the torch engine adds LORA only")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA" or not isinstance(config.get("lora_alpha"), int | float):
+        raise ModelError(f"{folder} is a {kind} adapter; the torch engine adds LORA only, with a lora_alpha")
     for key, what in _OTHERWISE.items():
         if config.get(key):
             raise ModelError(f"{folder} is a LoRA with {what} ({key}); merge it with peft and load the result")
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        raise ModelError(
+            f"{folder} was begun with {config['init_lora_weights']}, which changes the weights that it is for; convert"
+            " it to a plain LoRA with peft (path_initial_model_for_weight_conversion)"
+        )
     return config
 
 
