@@ -75,7 +75,23 @@ def test_what_a_checkout_has_is_in_the_source_archive() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_on_pages_have_the_options_they_are_shown_with(page: Path) -> None:
-    for shown in commands(page):
+    check_commands(page.read_text(encoding="utf-8"))
+
+
+def test_every_command_s_help_shows_how_it_is_called() -> None:
+    def walk(group: click.Group, called: str) -> None:
+        for name, command in group.commands.items():
+            text = (command.help or "").replace("\b\n", "")
+            assert f"\nplait {called}{name} " in text or f"\nplait {called}{name}\n" in text, name
+            check_commands(text)
+            if isinstance(command, click.Group):
+                walk(command, f"{called}{name} ")
+
+    walk(main, "")
+
+
+def check_commands(text: str) -> None:
+    for shown in commands(text):
         words, command = shlex.split(shown, comments=True), main
         while words and isinstance(command, click.Group):
             assert words[0] in command.commands, f"`plait {shown}`: there is no command {words[0]}"
@@ -99,9 +115,8 @@ def test_names_in_code_are_in_the_repository(page: Path) -> None:
                 assert known, f"`{code}`: nothing is called {name}"
 
 
-def commands(page: Path) -> Iterator[str]:
+def commands(text: str) -> Iterator[str]:
     """What follows `plait` in code, up to the words that explain it."""
-    text = page.read_text(encoding="utf-8")
     lines = re.findall(r"^(?: {4}|\$ )?((?:\S*/)?plait [a-z].*)$", text, re.MULTILINE)
     spans = re.findall(r"`(plait [a-z][^`\n]*)`", text)
     for code in (*lines, *spans):

@@ -165,7 +165,7 @@ def test_natural_questions_are_read(question: str, prompt: str, family: str) -> 
     ],
 )
 def test_what_is_outside_is_refused_with_what_is_known(question: str, reason: str) -> None:
-    with pytest.raises(RequestError, match=r"(?s).*long_multiplication: .*countdown: ") as caught:
+    with pytest.raises(RequestError, match=r"(?s)What is 347 \* 526\?.*Use 3, 7 and 25 to make 54") as caught:
         tasks.parse(question)
     assert reason in str(caught.value)
 

@@ -86,9 +86,13 @@ def _lines(text: str) -> str:
 Adaptive parallel reasoning: a model splits a problem into threads and joins them again.
 
 plait solve "What is 347 * 526?"            watch it split, think side by side, and answer
-plait solve "What is 347 * 526?" --compare  against the same model thinking in one line
+plait solve "What is 347 * 526?" --compare  against its twin, trained to think in one line
+plait solve "What is 347 * 526?" --trace run.jsonl && plait view run.jsonl
 plait tasks                                 what the embedded model knows
 plait eval --family long_multiplication -n 100 --compare
+plait serve                                 OpenAI's API and a page, on http://127.0.0.1:8000
+
+`plait COMMAND --help` has examples of each.
 """),
     epilog="Exit codes: 0 done, 1 failed, 2 not possible as asked, 130 Ctrl-C, 141 closed pipe.",
 )
@@ -97,22 +101,27 @@ def main() -> None:
     pass
 
 
-_MODEL = click.option("--model", metavar="NAME|PATH", help="Embedded model, or a GGUF of `plait train`.")
+_MODEL = click.option("--model", metavar="NAME|PATH", help="Embedded model, or a file or folder of `plait train`.")
 _ENGINE = click.option(
     "--engine",
     metavar="NAME|URL",
-    help="llamacpp; torch; NAME:PATH with its weights; http://HOST:PORT; or scripted: gold traces, no model.",
+    help="llamacpp; torch; NAME:PATH with its weights; http://HOST:PORT; or scripted: gold traces, no model. "
+    "See `plait engines`.",
 )
 _ENGINE_OPTION = click.option(
     "--engine-option",
     "engine_options",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Of that engine: cells, speculate, ...",
+    help="Of that engine: cells=16384, speculate=4; see `plait engines NAME`. May be repeated.",
 )
 _TWIN = click.option("--twin", metavar="NAME|PATH", help="The twin, where it is not the model's own.")
 _KNOBS = click.option(
-    "--set", "settings", multiple=True, metavar="FAMILY.KNOB=VALUE", help="Draw other problems; see `plait tasks NAME`."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="FAMILY.KNOB=VALUE",
+    help="Draw other problems; see `plait tasks NAME`. May be repeated.",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -196,7 +205,7 @@ With --out each result is written at once, and the same command goes on later.
     metavar="METHOD[,..]",
     help="sequential, forced-sequential, always-fork, majority@N, best@N, pass@N.",
 )
-@click.option("--temperature", type=float, metavar="T", help="Of methods that sample; default 0.7.")
+@click.option("--temperature", type=float, metavar="T", help="Of methods of --against that sample; default 0.7.")
 @_JSON
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Results as JSONL; resumed if it exists.")
 @click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Log every run, for `plait view`.")
@@ -208,20 +217,23 @@ With --out each result is written at once, and the same command goes on later.
 @click.option("--max-threads", type=int, metavar="N", help="Forked threads of a run at most.")
 @click.option("--max-tokens", type=int, metavar="N", help="Tokens of a run at most.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Which problems are drawn.")
-@click.option("--split", type=click.Choice(["held_out", "train"]), default="held_out", show_default=True)
+@click.option(
+    "--split",
+    type=click.Choice(["held_out", "train"]),
+    default="held_out",
+    show_default=True,
+    help="Problems that training never draws, or those it does.",
+)
 @_KNOBS
 def evaluate(
     families: str,
     against: str,
-    temperature: float | None,
     max_threads: int | None,
     max_tokens: int | None,
     **options: Any,
 ) -> int:
     from plait.commands.evaluate import Options, evaluation
 
-    if temperature is not None:
-        options["temperature"] = temperature
     names, methods = _names(families), _names(against)
     budget = _budget(max_threads, max_tokens)
     return evaluation(Options(families=names, against=methods, budget=budget, **options))
@@ -239,7 +251,14 @@ def _budget(max_threads: int | None, max_tokens: int | None, deadline_s: float |
     return Budget(**{name: value for name, value in limits.items() if value is not None})
 
 
-@main.group(help="Read logs of runs.")
+@main.group(
+    help=_lines("""
+Read logs of runs.
+
+plait solve "What is 347 * 526?" --trace run.jsonl
+plait trace show run.jsonl
+""")
+)
 def trace() -> None:
     pass
 
@@ -265,6 +284,7 @@ def show(file: str, as_json: bool, wire: bool, lanes: bool | None) -> int:
 
 
 @main.command(
+    short_help="Look at runs in the browser.",
     help=_lines("""
 Look at runs in the browser: lanes, text, tokens; many runs as a table, two as a race.
 
@@ -272,7 +292,7 @@ plait view run.jsonl                    what `plait solve --trace` logged
 plait view results.jsonl                what `plait eval --out` wrote
 plait view run.jsonl --html run.html    one file to share, nothing is loaded from elsewhere
 plait view run.jsonl --export chrome-trace --out run.json    opens in Perfetto
-""")
+"""),
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(dir_okay=False))
 @click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write the page to a file.")
@@ -286,7 +306,17 @@ def view(files: tuple[str, ...], **options: Any) -> int:
     return run(files, **options)
 
 
-@main.group(help="Train models (needs `pip install 'plait[train]'`).")
+@main.group(
+    short_help="Train models, by gold traces or by reward.",
+    help=_lines("""
+Train models (needs `pip install 'plait[train]'`).
+
+plait train sft configs/sft_multiverse.toml --out runs/adaptive
+plait train rl configs/rl_pgrpo.toml --set init=runs/adaptive/checkpoint.pt --out runs/pgrpo
+
+The configs are in a checkout; docs/training.md says what is in them.
+"""),
+)
 def train() -> None:
     pass
 
@@ -299,10 +329,17 @@ _RESUME = click.option(
     "--resume/--no-resume", default=True, show_default=True, help="Go on with what the folder holds."
 )
 _DRY_RUN = click.option("--dry-run", is_flag=True, help="Print the resolved config and stop.")
-_SET = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value: optimiser.lr=1e-4.")
+_SET = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value of the config: optimiser.lr=1e-4. May be repeated.",
+)
 
 
 @train.command(
+    short_help="Train a model on gold traces.",
     help=_lines("""
 Train a model on gold traces; the same command goes on with a run that was stopped.
 
@@ -311,7 +348,7 @@ plait train sft configs/sft_multiverse.toml --set schedule.tokens=2000000 --dry-
 
 The run folder holds the resolved config, the checkpoint, metrics.jsonl, and
 model.gguf, which `--model` takes.
-""")
+"""),
 )
 @_CONFIG
 @_OUT
@@ -323,7 +360,8 @@ model.gguf, which `--model` takes.
     type=click.IntRange(min=0),
     default=8,
     show_default=True,
-    help="Problems of a family decoded per evaluation.",
+    metavar="N",
+    help="Problems of each family that an evaluation solves; 0: it scores traces only.",
 )
 def sft(config: str, **options: Any) -> int:
     from plait.commands.train import train_sft
@@ -332,6 +370,7 @@ def sft(config: str, **options: Any) -> int:
 
 
 @train.command(
+    short_help="Train a model by reward.",
     help=_lines("""
 Train a model by reward, from the checkpoint that its config names.
 
@@ -340,7 +379,7 @@ plait train rl configs/rl_pgrpo.toml --set init=runs/mine/checkpoint.pt --set ro
 
 The run folder holds what that of `train sft` does, and samples/: logs of rollouts
 for `plait trace show`. The same command goes on with a run that was stopped.
-""")
+"""),
 )
 @_CONFIG
 @_OUT
@@ -354,6 +393,7 @@ def rl(config: str, **options: Any) -> int:
 
 
 @main.command(
+    short_help="Serve models over HTTP, as OpenAI does.",
     help=_lines("""
 Serve models over HTTP, as OpenAI's clients speak it (needs `pip install 'plait[serve]'`).
 
@@ -363,7 +403,7 @@ plait serve --config serve.toml --print-config
 
 Settings come from flags, then PLAIT_* variables, then the file: docs/serving.md lists them.
 SIGTERM lets running requests end; a second one does not.
-""")
+"""),
 )
 @click.option("--host", metavar="ADDRESS", help="Default 127.0.0.1.")
 @click.option("--port", type=int, metavar="N", help="Default 8000; 0: any free one.")
@@ -392,6 +432,7 @@ def serve(new_key: str | None, config: str | None, print_config: bool, **flags: 
 
 
 @main.command(
+    short_help="Examine an inference server.",
     help=_lines("""
 Examine servers: what they are, whether forks are cheap there, what to change.
 
@@ -399,7 +440,7 @@ plait doctor --engine http://localhost:8000              (needs `pip install 'pl
 plait doctor --engine http://a:8000,http://b:8000 --json
 
 Sends twenty to thirty calls. An API key is read from PLAIT_ENGINE_KEY.
-""")
+"""),
 )
 @click.option("--engine", metavar="URL[,URL]", required=True, help="vLLM, SGLang, llama-server, or the like.")
 @click.option("--kind", metavar="KIND", help="vllm, sglang, llama-server, completions: what a router hides.")
@@ -411,12 +452,20 @@ def doctor(engine: str, **options: Any) -> int:
     return run(engine, **options)
 
 
-@main.group(help="Measure servers (needs `pip install 'plait[http]'`).")
+@main.group(
+    short_help="Measure a server under load.",
+    help=_lines("""
+Measure servers (needs `pip install 'plait[http]'`).
+
+plait bench load --url http://127.0.0.1:8000 --rates 1,4,16
+"""),
+)
 def bench() -> None:
     pass
 
 
 @bench.command(
+    short_help="Offer requests at fixed rates.",
     help=_lines("""
 Offer requests at fixed rates; print throughput, latency and fork rate for each.
 
@@ -426,11 +475,13 @@ plait bench load --family long_multiplication --json
 
 Arrivals do not wait for answers, so a server that cannot keep up shows its queue.
 An API key is read from PLAIT_API_KEY.
-""")
+"""),
 )
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, metavar="URL", help="Without /v1.")
 @click.option("--rates", default="1,2,4,8", show_default=True, metavar="N[,N]", help="Requests a second.")
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="For each rate.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0.1), default=10.0, show_default=True, metavar="S", help="For each rate."
+)
 @click.option("--model", metavar="NAME", help="Default: the server's.")
 @click.option("--family", "families", multiple=True, metavar="NAME", help="What is asked; default: all families.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Of arrivals and questions.")
@@ -441,7 +492,14 @@ def load(**options: Any) -> int:
     return run(**options)
 
 
-@main.command(help="List the embedded models, or describe one.")
+@main.command(
+    help=_lines("""
+List the embedded models, or describe one.
+
+plait models plait-tiny                  what it was trained on, and its scores
+plait models runs/adaptive/model.gguf    the same of one that `plait train` wrote
+""")
+)
 @click.argument("name", required=False)
 @_JSON
 def models(name: str | None, as_json: bool) -> int:
@@ -450,7 +508,14 @@ def models(name: str | None, as_json: bool) -> int:
     return run(name, as_json=as_json)
 
 
-@main.command(help="List the trajectory formats.")
+@main.command(
+    short_help="List the trajectory formats.",
+    help=_lines("""
+List the trajectory formats: how each joins threads, and its paper.
+
+plait formats --json     with the tags that a vocabulary must have
+"""),
+)
 @_JSON
 def formats(as_json: bool) -> int:
     from plait.commands.lists import formats as run
@@ -458,7 +523,13 @@ def formats(as_json: bool) -> int:
     return run(as_json=as_json)
 
 
-@main.command(help="List the engines, or what `--engine-option` sets of one.")
+@main.command(
+    help=_lines("""
+List the engines, or what `--engine-option` sets of one.
+
+plait engines llamacpp
+""")
+)
 @click.argument("name", required=False)
 @_JSON
 def engines(name: str | None, as_json: bool) -> int:
@@ -472,13 +543,14 @@ _CONCLUSION = click.option("--conclusion", is_flag=True, help="ThreadWeaver's ol
 
 
 @main.command(
+    short_help="Check a data set of trajectories.",
     help=_lines("""
 Check a data set of trajectories: JSON lines with `text`, and perhaps `format`.
 
 plait validate traces.jsonl --format threadweaver
 
 Says line and column of what is wrong; exit code 1 if anything is.
-""")
+"""),
 )
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @_FORMAT
@@ -491,6 +563,7 @@ def validate(file: str, format: str | None, conclusion: bool, as_json: bool) -> 
 
 
 @main.command(
+    short_help="Write trajectories in another format.",
     help=_lines("""
 Write a data set of trajectories in another format, where the meaning allows.
 
@@ -498,7 +571,7 @@ plait convert traces.jsonl --format threadweaver --to plait --out plait.jsonl
 plait convert plait.jsonl --to sequential
 
 Lines without a form in it are named and left out; the exit code is then 1.
-""")
+"""),
 )
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @click.option("--to", required=True, metavar="NAME", help="See `plait formats`.")

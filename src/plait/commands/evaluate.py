@@ -45,8 +45,8 @@ class Options:
     compare: bool = False
     against: Sequence[str] = ()
     """Methods, by name; `compare` is `sequential` among them."""
-    temperature: float = TEMPERATURE
-    """Of methods that sample."""
+    temperature: float | None = None
+    """Of methods that sample; None: `TEMPERATURE`."""
     as_json: bool = False
     out: str | None = None
     trace: str | None = None
@@ -99,7 +99,11 @@ def evaluation(options: Options) -> int:
 def _methods(options: Options) -> list[Method]:
     """What the model is compared with, each once."""
     names = [*(["sequential"] if options.compare else []), *options.against]
-    return list(dict.fromkeys(method(name, temperature=options.temperature) for name in names))
+    temperature = TEMPERATURE if options.temperature is None else options.temperature
+    methods = list(dict.fromkeys(method(name, temperature=temperature) for name in names))
+    if options.temperature is not None and not any(how.temperature for how in methods):
+        raise RequestError("--temperature is of methods that sample (--against majority@8), and none is asked for")
+    return methods
 
 
 def _families(names: Sequence[str], choice: Choice) -> list[str]:
@@ -222,7 +226,7 @@ def _print(records: Sequence[Record], sides: Sequence[Side], options: Options) -
         print(json.dumps(about | result(own, one_line) | methods))
         return 0
     against = f", against {twin.id}" if twin else ""
-    sampled = f", samples at temperature {options.temperature:g}" if any(how.temperature for _, how in sides) else ""
+    sampled = next((f", samples at temperature {how.temperature:g}" for _, how in sides if how.temperature), "")
     print(
         f"{model.id} in {model.format_name} on {sides[0][0].engine}{against}; {options.split} problems, seed "
         f"{options.seed}, {at_once} at a time, greedy{sampled}\n"
