@@ -13,15 +13,32 @@ anyio.run(main)
 
 from __future__ import annotations
 
-from plait.engines import open_engine
-from plait.engines.base import Engine, EngineStats
-from plait.errors import PlaitError
-from plait.events import Event
-from plait.formats import TrajectoryFormat, open_format
-from plait.models import Model, load_model
-from plait.session import Run, open_run, run
-from plait.tree import Segment, Tree
-from plait.types import Budget, Chunk, Context, Merge, Request, SamplingParams, StopReason
+from importlib import import_module
+
+TYPE_CHECKING = False  # True to type checkers; importing `typing` would take longer than all else here
+
+if TYPE_CHECKING:
+    from plait.engines import Engine, EngineStats, open_engine
+    from plait.errors import PlaitError
+    from plait.events import Event
+    from plait.formats import TrajectoryFormat, open_format
+    from plait.models import Model, load_model
+    from plait.session import Run, open_run, run
+    from plait.tree import Segment, Tree
+    from plait.types import Budget, Chunk, Context, Merge, Request, SamplingParams, StopReason
+
+_HOMES = {
+    "engines": ("Engine", "EngineStats", "open_engine"),
+    "errors": ("PlaitError",),
+    "events": ("Event",),
+    "formats": ("TrajectoryFormat", "open_format"),
+    "models": ("Model", "load_model"),
+    "session": ("Run", "open_run", "run"),
+    "tree": ("Segment", "Tree"),
+    "types": ("Budget", "Chunk", "Context", "Merge", "Request", "SamplingParams", "StopReason"),
+}
+"""Modules and what they export here, imported when it is first asked for: a command that only says what it takes, and
+one that is stopped at once, need none of them."""
 
 __version__ = "0.1.0"
 
@@ -48,3 +65,17 @@ __all__ = [
     "open_run",
     "run",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        for home, names in _HOMES.items():
+            if name == home:
+                return import_module(f"plait.{home}")
+            if name in names:
+                value = globals()[name] = getattr(import_module(f"plait.{home}"), name)
+                return value
+        raise AttributeError(f"module 'plait' has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
