@@ -156,6 +156,7 @@ def test_an_adapter_that_does_not_fit_torch_is_refused(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, None, "is a IA3 adapter"),
         ({"use_dora": True}, None, r"DoRA \(use_dora\)"),
         ({"modules_to_save": ["lm_head"]}, None, "whole modules"),
+        ({"alora_invocation_tokens": [3]}, None, "behind an invocation"),
         ({"init_lora_weights": "pissa_niter_16"}, None, "begun with pissa_niter_16"),
         ({"lora_alpha": None}, None, "with a lora_alpha"),
         ({}, {f"{q}.lora_A.weight": ones}, "only lora_A"),

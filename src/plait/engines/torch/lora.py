@@ -20,7 +20,14 @@ from plait.engines.torch.checkpoint import Checkpoint, load_safetensors
 from plait.errors import ModelError
 
 _PREFIX = "base_model.model."
-_OTHERWISE = {"use_dora": "DoRA", "modules_to_save": "whole modules", "lora_bias": "biases of its own"}
+_OTHERWISE = {
+    "use_dora": "DoRA",
+    "modules_to_save": "whole modules",
+    "lora_bias": "biases of its own",
+    "alora_invocation_tokens": "a part that only tokens behind an invocation see",
+    "layer_replication": "layers used twice",
+    **dict.fromkeys(("arrow_config", "kasa_config", "use_bdlora", "use_qalora"), "another sum"),
+}
 """What peft may also save, and this does not add."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin (`init_lora_weights`) that take something out of the base weights: the adapter is for what is left."""
