@@ -31,6 +31,8 @@ ORDER = 8
 
 
 class NGrams(plait.Engine):
+    """Says what followed the same characters in what it has read."""
+
     name, max_context, supports_merge = "ngrams", 1024, False
 
     def __init__(self) -> None:

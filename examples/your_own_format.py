@@ -18,6 +18,8 @@ from plait.tokenizer import Tokenizer
 
 
 class Todo(TrajectoryFormat):
+    """A list of things to do, a thread for each; concat join."""
+
     name, paper, join_kind = "todo", "-", "concat"
 
     def __init__(self, tokenizer: Tokenizer) -> None:

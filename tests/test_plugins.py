@@ -237,3 +237,85 @@ class Own(ScriptedEngine):
     assert load_model().open_engine("own", dials=3).given == (path, {"dials": 3})  # type: ignore[attr-defined]
     with pytest.raises(RequestError, match="the own engine needs path"):
         open_engine("own", dials=3)
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.torch
+def test_what_a_package_brings_can_be_trained(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    install("todo", formats={"todo": "your_own_format:Todo"}, tasks={"largest": "your_own_task:Largest"})
+    config, out = tmp_path / "todo.toml", tmp_path / "run"
+    config.write_text(TRAINED, encoding="utf-8")
+    trained = plait("train", "sft", str(config), "--out", str(out), "--decode", "1")
+    assert trained.exit_code == 0, trained.stderr
+    model = load_model(str(out / "model.gguf"))
+    assert (model.format_name, model.join, model.families) == ("todo", "concat", ("largest",))
+    assert "<Do>" in model.tokenizer.tokens
+    asked = plait("solve", "What is the largest number of 17,25;40,18?", "--model", str(out / "model.gguf"), "--json")
+    assert json.loads(asked.stdout)["format"] == "todo"
+    other = plait("train", "sft", str(config), "--set", "data.format=tdo", "--dry-run")
+    assert "did you mean 'todo'" in other.stderr
+
+
+TRAINED = """
+compile = false
+
+[data]
+format = "todo"
+mixture = { largest = 1 }
+buckets = [[4, 512]]
+
+[model]
+width = 32
+layers = 1
+heads = 1
+
+[schedule]
+steps = 1
+
+[eval]
+times = 1
+problems = 1
+"""
+
+
+def test_rewards_advantages_and_dashboards_are_named_too(install: Install, tmp_path: Path) -> None:
+    from plait.train.advantages import advantages
+    from plait.train.metrics import open_sinks
+    from plait.train.rewards import Group, Outcome, Reward
+
+    (tmp_path / "scores.py").write_text(SCORES, encoding="utf-8")
+    groups = {"rewards": "brief", "advantages": "ranked", "dashboards": "printed"}
+    install("scores", **{group: {name: f"scores:{name}"} for group, name in groups.items()})
+    outcome = Outcome(correct=True, response_tokens=30)
+    assert Reward({"correctness": {}, "brief": {"most": 20}})(outcome, Group(outcomes=(outcome,))) == 0.5
+    for options, fault in (({}, "the reward term brief needs most"), ({"most": "no"}, "it must be a whole number")):
+        with pytest.raises(RequestError, match=fault):
+            Reward({"brief": options})
+    assert advantages("ranked", {"p": {"0": 5.0, "1": 7.0}}) == {"0": 0.0, "1": 1.0}
+    (sink,) = open_sinks(["printed"], out=tmp_path, config={})
+    sink.write(3, {"loss": 1.0})
+    assert sink.written == [3]  # type: ignore[attr-defined]
+
+
+SCORES = """
+from __future__ import annotations
+import numpy as np
+
+def brief(outcome, group, *, most: int, weight: float = 0.5):
+    return -weight * (outcome.response_tokens > most)
+
+def ranked(groups):
+    return [np.argsort(np.argsort(group)).astype(float) for group in groups]
+
+class printed:
+    def __init__(self, out, config):
+        self.written = []
+    def write(self, step, values):
+        self.written.append(step)
+    def close(self): ...
+"""

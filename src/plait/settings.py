@@ -8,6 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
+from inspect import Parameter, signature
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -102,6 +103,15 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
+def parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+    """What a function or a class takes, by name; annotations are values where they can be."""
+    try:
+        return dict(signature(function, eval_str=True).parameters)
+    except Exception:
+        # Annotations may be names that only type checkers import, and anything else.
+        return dict(signature(function).parameters)
+
+
 def kind_of(hint: Any) -> Any:
     """What a field holds where it is not None: `tuple` for tuples of anything."""
     union = get_origin(hint) in (Union, UnionType)
@@ -165,7 +175,7 @@ _SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 def _takes(kind: Any, value: Any) -> bool:
     origin = get_origin(kind) or kind
-    if origin is Any:
+    if origin in (Any, Parameter.empty):
         return True
     if origin is Literal:
         return value in get_args(kind)

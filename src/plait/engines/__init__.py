@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
 from plait.engines.base import Engine, EngineStats
 from plait.errors import EngineUnavailable, RequestError, nearest
 from plait.registry import Registry
-from plait.settings import of_type
+from plait.settings import of_type, parameters
 
 ENGINES: Registry[type[Any]] = Registry(
     "plait.engines",
@@ -43,19 +43,14 @@ def engine_class(name: str) -> type[Any]:
         raise EngineUnavailable(f"the {name} engine cannot be imported: {exc}") from exc
 
 
-def options_of(name: str) -> dict[str, inspect.Parameter]:
+def options_of(name: str) -> dict[str, Parameter]:
     """What the class of an engine takes.
 
     Raises:
         RequestError: No engine has this name, or the package that brings it is broken.
         EngineUnavailable: A library it needs is not installed.
     """
-    cls = engine_class(name)
-    try:
-        return dict(inspect.signature(cls, eval_str=True).parameters)
-    except Exception:
-        # Annotations may be names that only type checkers import, and anything else.
-        return dict(inspect.signature(cls).parameters)
+    return parameters(engine_class(name))
 
 
 def open_engine(name: str, **options: Any) -> Engine:
@@ -76,7 +71,7 @@ def open_engine(name: str, **options: Any) -> Engine:
             hint = known[option].annotation
             if hint is str and isinstance(value, Path):
                 options[option] = str(value)
-            elif hint is not inspect.Parameter.empty:
+            else:
                 of_type(hint, value, name=f"{option} of the {name} engine")
         elif not anything:
             raise nearest(option, list(known), f"option of the {name} engine")

@@ -15,7 +15,7 @@ from plait.budget import fits
 from plait.engines.scripted import Script
 from plait.formats import TrajectoryFormat, format_class, open_format, render
 from plait.models.model import Model, prompt_ids
-from plait.tasks.vocabulary import TOKENIZER
+from plait.tasks.vocabulary import tokenizer_for
 from plait.tokenizer import Tokenizer
 from plait.tree import Tree
 from plait.types import Budget, Context, Merge
@@ -40,7 +40,7 @@ def gold_model(format: str | None = None, *, traces: Literal["parallel", "serial
         digest="",
         format_name=format,
         join=join,
-        tokenizer=TOKENIZER,
+        tokenizer=tokenizer_for("compact", format),
         max_context=1 << 20,
         num_weights=0,
         dtype="",
@@ -52,12 +52,13 @@ def gold_model(format: str | None = None, *, traces: Literal["parallel", "serial
 
 def gold_script(format: str, *, parallel: bool) -> Script:
     """What the scripted engine says: the ids that the prompt's gold trace has after a context."""
-    opened = open_format(format, TOKENIZER)
+    tokenizer = tokenizer_for("compact", format)
+    opened = open_format(format, tokenizer)
 
     @lru_cache(maxsize=256)
     def said(prompt: str, limits: Budget | None) -> dict[Context, list[int]]:
         problem = tasks.parse(prompt)
-        tree = gold_tree(problem, format=opened, tokenizer=TOKENIZER, parallel=parallel, budget=limits)
+        tree = gold_tree(problem, format=opened, tokenizer=tokenizer, parallel=parallel, budget=limits)
         out: dict[Context, list[int]] = {}
         for segment in tree.segments.values():
             out.setdefault(tree.context(segment.id), segment.sampled_ids)
@@ -67,10 +68,10 @@ def gold_script(format: str, *, parallel: bool) -> Script:
         first = context[0]
         assert not isinstance(first, Merge), "a context begins with its prompt"
         limits, asked = opened.conditioned(first)
-        text = PLACE.sub("", TOKENIZER.decode(asked[len(TOKENIZER.bos_ids) :]))
+        text = PLACE.sub("", tokenizer.decode(asked[len(tokenizer.bos_ids) :]))
         # A budget can lead where no gold trace goes: then there is nothing to say.
         known = said(f"{text.partition('?')[0]}?", None if asked == first else limits)
-        return known.get(context, list(TOKENIZER.eos_ids))
+        return known.get(context, list(tokenizer.eos_ids))
 
     return script
 

@@ -136,7 +136,7 @@ class Model:
             assert isinstance(self.tokenizer, FastTokenizer)
             return Request(prompt_ids=self.tokenizer.prompt_ids(question), **settings)
         problem = tasks.parse(question)
-        if self.families and problem.family not in self.families:
+        if self.script is None and self.families and problem.family not in self.families:
             raise RequestError(
                 f"{self.name} was not trained on {problem.family} problems, only on {', '.join(self.families)}"
             )

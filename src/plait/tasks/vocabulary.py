@@ -7,6 +7,8 @@ serves all of them; a model knows those it was trained on.
 
 from __future__ import annotations
 
+from plait.formats import format_class
+from plait.registry import Registry
 from plait.tasks.worked import PLACES
 from plait.tokenizer import FixedTokenizer
 
@@ -120,4 +122,26 @@ JOINS = FixedTokenizer(
 )
 """The embedded models' ids, and APR's phrases: one vocabulary for the same problems in every kind of join."""
 
-TOKENIZERS = {"compact": TOKENIZER, "wide": WIDE, "search": SEARCH, "joins": JOINS}
+TOKENIZERS: Registry[FixedTokenizer] = Registry(
+    "plait.vocabularies",
+    "vocabulary",
+    {"compact": TOKENIZER, "wide": WIDE, "search": SEARCH, "joins": JOINS},
+    of=FixedTokenizer,
+)
+
+
+def tokenizer_for(vocabulary: str, format: str) -> FixedTokenizer:
+    """What a model is trained in: a vocabulary, and after its own ids a control token for each tag that it lacks.
+
+    Args:
+        vocabulary: One of `TOKENIZERS`.
+        format: Name of the trajectory format that has the tags.
+
+    Raises:
+        RequestError: There is no such vocabulary or format, or the package that brings it is broken.
+    """
+    own, tags = TOKENIZERS[vocabulary], format_class(format).tags()
+    lacking = [tag for tag in dict.fromkeys(tags) if tag not in own.tokens]
+    about = own.to_dict()
+    more = {name: [*about[name], *lacking] for name in ("tokens", "control")}
+    return FixedTokenizer.from_dict(about | more) if lacking else own

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from plait.errors import nearest
+from plait.registry import Registry
 
 Floats: TypeAlias = NDArray[np.float64]
 _EPS = 1e-6
@@ -51,9 +51,9 @@ def _std(r_G: Floats) -> float:
     return float(r_G.std(ddof=1)) if len(r_G) > 1 else 0.0
 
 
-ADVANTAGES: dict[str, Callable[[Sequence[Floats]], list[Floats]]] = {
-    f.__name__: f for f in (mean, group_std, batch_std)
-}
+ADVANTAGES: Registry[Callable[[Sequence[Floats]], list[Floats]]] = Registry(
+    "plait.advantages", "advantage", {f.__name__: f for f in (mean, group_std, batch_std)}, of=Callable
+)
 
 
 def advantages(name: str, rewards: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -70,12 +70,11 @@ def advantages(name: str, rewards: Mapping[str, Mapping[str, float]]) -> dict[st
         RequestError: No rule has this name.
         ValueError: Two groups hold a rollout of the same id: a copy would be compared with itself.
     """
-    if name not in ADVANTAGES:
-        raise nearest(name, list(ADVANTAGES), "advantage")
+    rule = ADVANTAGES[name]
     ids = [id for group in rewards.values() for id in group]
     if len(set(ids)) != len(ids):
         twice = next(id for id in ids if ids.count(id) > 1)
         raise ValueError(f"rollout {twice!r} stands in two groups")
     groups = [np.array(list(group.values()), np.float64) for group in rewards.values() if group]
-    values = np.concatenate(ADVANTAGES[name](groups)) if groups else np.zeros(0)
+    values = np.concatenate(rule(groups)) if groups else np.zeros(0)
     return dict(zip(ids, map(float, values), strict=True))

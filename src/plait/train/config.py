@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from plait import tasks
 from plait.errors import RequestError
+from plait.formats import FORMATS
 from plait.settings import build, one_of, read_toml
-from plait.tasks.vocabulary import TOKENIZER, TOKENIZERS
+from plait.tasks.vocabulary import TOKENIZERS, tokenizer_for
 from plait.train.data import BudgetConfig
 from plait.train.metrics import SINKS
 from plait.train.model import ModelConfig
@@ -36,10 +37,12 @@ class SourceConfig:
     knobs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """What the problems of a family are drawn from, where it is not what the embedded models know."""
     vocabulary: str = "compact"
-    """Of the embedded models: `compact`; `wide` has letters for numbers of up to 24 digits. A base has its own."""
+    """Of the embedded models: `compact`; `wide` has letters for numbers of up to 24 digits. Tags of the format that it
+    lacks are added to it. A base has its own."""
 
     def __post_init__(self) -> None:
-        one_of(self.vocabulary, TOKENIZERS, "vocabulary")
+        TOKENIZERS.require(self.vocabulary)
+        FORMATS.require(self.format)
         for name, knobs in self.knobs.items():
             tasks.family(name, knobs)
 
@@ -185,7 +188,7 @@ class SFTConfig(RunConfig):
 def check_sinks(names: Sequence[str]) -> None:
     """Refuse dashboards that are not known."""
     for name in names:
-        one_of(name, SINKS, "dashboard")
+        SINKS.require(name)
 
 
 def check_buckets(buckets: Sequence[tuple[int, int]]) -> None:
@@ -244,8 +247,11 @@ def completed(
         if name in parts:
             parts[name] = {**value, **parts[name]}
     if "model" in parts:
-        words = TOKENIZERS.get(parts.get("data", {}).get("vocabulary", "compact"), TOKENIZER)
-        parts["model"] = {"vocab_size": len(words.tokens), **parts["model"]}
+        data = {"vocabulary": "compact", "format": "sequential", **parts.get("data", {})}
+        # What is not known is refused when the section is built.
+        if data["vocabulary"] in TOKENIZERS and data["format"] in FORMATS:
+            size = len(tokenizer_for(data["vocabulary"], data["format"]).tokens)
+            parts["model"] = {"vocab_size": size, **parts["model"]}
     return parts
 
 

@@ -1,18 +1,20 @@
 """Where a run's numbers go: always `metrics.jsonl`, and whichever dashboards are asked for.
 
-A dashboard is a `Sink`: three exist, each imported only where it is named. Knows nothing of what is measured.
+A dashboard is a `Sink`: three exist, packages bring others; each is imported only where it is named. Knows nothing of
+what is measured.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from plait.errors import RequestError, nearest
+from plait.errors import RequestError
+from plait.registry import Registry
 
 
 class Sink(Protocol):
@@ -84,7 +86,12 @@ class Trackio(Wandb):
     package = "trackio"
 
 
-SINKS: dict[str, type[TensorBoard] | type[Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+SINKS: Registry[Callable[[Path, Mapping[str, Any]], Sink]] = Registry(
+    "plait.dashboards",
+    "dashboard",
+    {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio},
+    of=Sink,
+)
 
 
 def open_sinks(names: Sequence[str], *, out: Path, config: Mapping[str, Any]) -> list[Sink]:
@@ -97,9 +104,6 @@ def open_sinks(names: Sequence[str], *, out: Path, config: Mapping[str, Any]) ->
     Raises:
         RequestError: No dashboard has this name, or its package is not installed.
     """
-    for name in names:
-        if name not in SINKS:
-            raise nearest(name, list(SINKS), "dashboard")
     return [SINKS[name](out, config) for name in names]
 
 

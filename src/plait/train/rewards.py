@@ -13,13 +13,14 @@ counts them; C sampled tokens on the critical path; S sampled tokens of a sequen
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from plait.errors import RequestError, nearest
+from plait.errors import RequestError
+from plait.registry import Registry
+from plait.settings import of_type, one_of, parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,20 +218,26 @@ def kimi(outcome: Outcome, group: Group, *, parallel: float = 0.2, finish: float
 
 _EPS = 1e-6
 
-TERMS: dict[str, Callable[..., float]] = {
-    f.__name__: f
-    for f in (
-        correctness,
-        acceleration,
-        latency,
-        format_validity,
-        budget_adherence,
-        length_penalty,
-        parallel_r1,
-        npr,
-        kimi,
-    )
-}
+TERMS: Registry[Callable[..., float]] = Registry(
+    "plait.rewards",
+    "reward term",
+    {
+        f.__name__: f
+        for f in (
+            correctness,
+            acceleration,
+            latency,
+            format_validity,
+            budget_adherence,
+            length_penalty,
+            parallel_r1,
+            npr,
+            kimi,
+        )
+    },
+    of=Callable,
+)
+"""Functions of an outcome and its group; what can be set of one are its keyword-only parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,25 +268,11 @@ class Reward:
 
 
 def _term(name: str, options: Mapping[str, Any]) -> Term:
-    if name not in TERMS:
-        raise nearest(name, list(TERMS), "reward term")
-    defaults = {
-        p.name: p.default for p in inspect.signature(TERMS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY
-    }
+    known = {p.name: p for p in parameters(TERMS[name]).values() if p.kind is p.KEYWORD_ONLY}
     for option, value in options.items():
-        if option not in defaults:
-            raise nearest(option, list(defaults), f"option of the reward term {name}")
-        allowed = _CHOICES.get((name, option))
-        if allowed is not None and value not in allowed:
-            raise RequestError(f"{name} {option} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-        if allowed is None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise RequestError(f"{name} {option} is {value!r}; it must be a number")
+        one_of(option, known, f"option of the reward term {name}")
+        of_type(known[option].annotation, value, name=f"{option} of the reward term {name}")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise RequestError(f"the reward term {name} needs {option}")
     return partial(TERMS[name], **options)
-
-
-_CHOICES: dict[tuple[str, str], tuple[Any, ...]] = {
-    ("acceleration", "variant"): ("paper", "code", "readme"),
-    ("length_penalty", "measure"): ("token_latency", "critical_path_tokens", "sampled_tokens"),
-    ("parallel_r1", "schedule"): ("S1", "S2"),
-    ("npr", "stage"): (1, 3),
-}

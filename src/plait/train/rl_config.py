@@ -95,7 +95,7 @@ class LossConfig:
     """Weight of the divergence from the weights that the run started with."""
 
     def __post_init__(self) -> None:
-        one_of(self.advantage, ADVANTAGES, "advantage")
+        ADVANTAGES.require(self.advantage)
         one_of(self.aggregate, AGGREGATES, "aggregate")
         one_of(self.correction, ("truncated", "none"), "correction")
         if not 0 < self.clip_low < 1 or not self.clip_high > 0:

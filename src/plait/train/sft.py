@@ -224,7 +224,7 @@ def _fresh(config: SFTConfig) -> Decoder:
     assert config.model is not None, "a config has a model or a base"
     model = Decoder(config.model)
     if config.init:
-        start_from(model, Path(config.init), config.data.vocabulary)
+        start_from(model, Path(config.init), config.data)
     return model
 
 

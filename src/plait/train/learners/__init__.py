@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from plait.errors import RequestError
+from plait.tasks.vocabulary import tokenizer_for
 from plait.train import checkpoint, machine
 from plait.train.config import RunConfig
 from plait.train.learners.base import Learner, nll
@@ -57,7 +58,7 @@ def open_learner(
         learner = Embedded(
             checkpoint.model_of(saved) if saved is not None else fresh(),
             config.optimiser,
-            vocabulary=config.data.vocabulary,
+            tokenizer=tokenizer_for(config.data.vocabulary, config.data.format),
             precision="bf16" if config.precision == "bf16" else "fp32",
             export=config.weights,
             start=start,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from plait.errors import ModelError
-from plait.tasks.vocabulary import TOKENIZERS
+from plait.tasks.vocabulary import tokenizer_for
+from plait.tokenizer import FixedTokenizer
 from plait.train import checkpoint, machine
-from plait.train.config import OptimiserConfig
+from plait.train.config import OptimiserConfig, SourceConfig
 from plait.train.learners.base import Learner, nll
 from plait.train.model import Decoder, hf_config, to_hf
 from plait.train.packing import PackedBatch
@@ -28,7 +29,7 @@ class Embedded(Learner):
 
     Args:
         model: With the weights to start from.
-        vocabulary: Name of its tokenizer.
+        tokenizer: What it reads and writes.
         precision: Autocast over float32 weights.
         export: Number type of the exported file.
         start: Keep a copy of the weights as they are: the ones that the run started with.
@@ -39,12 +40,12 @@ class Embedded(Learner):
         model: Decoder,
         config: OptimiserConfig,
         *,
-        vocabulary: str,
+        tokenizer: FixedTokenizer,
         precision: Literal["bf16", "fp32"],
         export: Literal["F32", "F16", "Q8_0"],
         start: bool = False,
     ) -> None:
-        self.decoder, self.words_of = model, TOKENIZERS[vocabulary]
+        self.decoder, self.words_of = model, tokenizer
         super().__init__(model, self.words_of, config)
         self._bf16 = precision == "bf16"
         self._export: Literal["F32", "F16", "Q8_0"] = export
@@ -117,18 +118,19 @@ def _frozen(model: Decoder) -> Decoder:
     return copy.requires_grad_(False)
 
 
-def start_from(model: Decoder, path: Path, vocabulary: str) -> None:
+def start_from(model: Decoder, path: Path, data: SourceConfig) -> None:
     """Take the weights of another run. Tokens that its vocabulary had not keep their random embeddings.
 
     Raises:
         ModelError: It cannot be read, its ids mean something else, or its sizes differ.
     """
     given = checkpoint.load(path)
-    theirs = given["config"]["data"]["vocabulary"]
-    had, have = TOKENIZERS[theirs].tokens, TOKENIZERS[vocabulary].tokens
+    theirs, format = given["config"]["data"]["vocabulary"], given["config"]["data"]["format"]
+    had, have = tokenizer_for(theirs, format).tokens, tokenizer_for(data.vocabulary, data.format).tokens
     if have[: len(had)] != had:
         raise ModelError(
-            f"{path} was trained with the vocabulary {theirs!r}, whose ids mean something else in {vocabulary!r}"
+            f"{path} was trained in {format} with the vocabulary {theirs!r}, whose ids mean something else in "
+            f"{data.vocabulary!r} with the tags of {data.format}"
         )
     weights = checkpoint.model_of(given).state_dict()
     try:
