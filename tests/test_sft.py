@@ -5,6 +5,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_an_interrupted_run_ends_in_the_same_weights_to_the_bit(tmp_path):
     assert steps == list(range(1, 31))
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, capfd):
     drawn = 0
 
     def impatient(family: str, rng: random.Random, split: str) -> Tree:
@@ -119,6 +120,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     outcome, _ = run(config_from(TINY), tmp_path, source=impatient)
     assert not outcome.finished
+    assert "stopping after this step" in capfd.readouterr().err
     assert 0 < outcome.progress.step < 30
     assert signal.getsignal(signal.SIGINT) is before
     again, lines = run(config_from(TINY), tmp_path)
@@ -137,20 +139,23 @@ def test_steps_after_the_last_checkpoint_are_forgotten_and_done_again(tmp_path):
 def test_true_decoding_is_scored_on_the_exported_file_and_kept_with_it(tmp_path):
     seen: list[tuple[bool, int]] = []
 
-    def on_eval(path: Path, step: int) -> dict[str, float]:
-        seen.append((path.read_bytes()[:4] == b"GGUF", step))
-        return {"copy": 0.25}
+    scores = {"copy": 0.25, "sum": {"n": 8, "accuracy": 0.5, "fork_right": 0.75}}
 
-    outcome, _ = run(config_from(TINY), tmp_path, on_eval=on_eval)
+    def on_eval(path: Path, step: int) -> dict[str, Any]:
+        seen.append((path.read_bytes()[:4] == b"GGUF", step))
+        return scores
+
+    outcome, lines = run(config_from(TINY), tmp_path, on_eval=on_eval)
     assert seen == [(True, 15), (True, 30)]
-    assert outcome.scores["decoded"] == {"copy": 0.25}
+    assert outcome.scores["decoded"] == scores
+    assert "step 15  held out, solved: copy 0.25  sum 50.0% (fork decisions 75%)" in lines
     from gguf import GGUFReader
 
     about = json.loads(bytes(GGUFReader(outcome.model).fields["plait.config"].parts[-1]))
     assert about["format"] == "multiverse"
     assert about["join"] == "merge"
     assert about["tokenizer"]["tokens"] == list(TOKENIZER.tokens)
-    assert about["scores"]["decoded"] == {"copy": 0.25}
+    assert about["scores"]["decoded"] == scores
 
 
 def test_numbers_go_to_the_dashboards_that_are_asked_for(tmp_path, monkeypatch):

@@ -64,6 +64,7 @@ def keep_memory() -> None:
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_ASKED = b"\nstopping after this step or evaluation; once more stops at once, and the last checkpoint stays\n"
 
 
 @contextmanager
@@ -78,6 +79,8 @@ def interrupt() -> Iterator[threading.Event]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
+        # Not by print, which the handler may have interrupted.
+        os.write(2, _ASKED)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -11,7 +11,6 @@ Source: trie-based SFT with loss on sampled tokens only, ThreadWeaver (arXiv:251
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import time
@@ -161,12 +160,13 @@ class _Run:
 
     def _line(self, speed: _Speed) -> str:
         p, done = self.progress, self.done()
-        left = speed.seconds_left(done, self.config.schedule, p)
+        seconds = speed.seconds_left(done, self.config.schedule, p)
+        left = f"  left {seconds / 60:.1f} min" if seconds == seconds else ""
         longer = f"  {self.stream.seen['longer']} left out" if self.stream.seen["longer"] else ""
         return (
             f"step {p.step}  loss {p.loss:.4f}  {speed.tokens_per_s:,.0f} tokens/s  fill {speed.fill:.0%}"
             f"  data {speed.data_share:.0%}  {p.tokens / 1e6:.2f}M tokens  {p.problems:,} problems"
-            f"  left {left / 60:.1f} min{longer}"
+            f"{left}{longer}"
         )
 
     def _evaluate(self) -> None:
@@ -186,7 +186,7 @@ class _Run:
         shown = "  ".join(f"{n} {s['exact']:.1%} ({s['token']:.2%})" for n, s in forced.items())
         self.loop.say(f"step {p.step}  held out, exact traces (tokens): {shown}  [{took:.0f} s]")
         if "decoded" in self.scores:
-            self.loop.say(f"step {p.step}  decoded: {json.dumps(self.scores['decoded'])}")
+            self.loop.say(f"step {p.step}  held out, solved: {_solved(self.scores['decoded'])}")
 
     def _forced_scores(self, examples: list[list[TrieBatch]]) -> dict[str, float]:
         """Loss, share of tokens and share of whole traces that greedy sampling would write as the gold trace does."""
@@ -217,6 +217,16 @@ class _Run:
     def _packer(self) -> Packer:
         buckets = [Bucket(rows=rows, length=length) for rows, length in self.config.data.buckets]
         return Packer(buckets, num_spans=self._spans, pad_id=self.learner.pad_id)
+
+
+def _solved(decoded: Mapping[str, Any]) -> str:
+    """What `OnEval` gave, in a line: of `plait.bench`'s scores the two that say how learning goes."""
+    said: list[str] = []
+    for name, score in decoded.items():
+        if isinstance(score, Mapping) and {"accuracy", "fork_right"} <= score.keys():
+            score = f"{score['accuracy']:.1%} (fork decisions {score['fork_right']:.0%})"
+        said.append(f"{name} {score}")
+    return "  ".join(said)
 
 
 def _fresh(config: SFTConfig) -> Decoder:
