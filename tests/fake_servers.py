@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import anyio.abc
 import h11
 from anyio.streams.tls import TLSListener
 
+import clocks
 from plait.engines.scripted import ScriptedEngine
 from plait.types import Chunk, SamplingParams, StopReason
 
@@ -63,8 +64,8 @@ class FakeServer:
     max_context: int = 400
     own_eos: int | None = None
     """The model's end-of-sequence, which most servers heed unasked."""
-    prefill_s: float = 0.0
-    """Seconds before the first token of a prompt that is not cached."""
+    prefill: Callable[[], Awaitable[object]] | None = None
+    """Waited for before the first token of a prompt that is not cached."""
     token_s: float = 0.0
     api_key: str | None = None
     vocab_size: int = VOCAB
@@ -79,6 +80,8 @@ class FakeServer:
     tls: ssl.SSLContext | None = None
     loading: int = 0
     """GETs that are answered with 503 first."""
+    on_loading: Callable[[], object] = lambda: None
+    """Called at each of them."""
     faults: list[Fault] = field(default_factory=list)
     trap: Callable[[dict[str, Any]], Fault | None] = lambda body: None
     """What goes wrong with a POST of this body, where no other fault waits."""
@@ -86,6 +89,8 @@ class FakeServer:
     """Changes the events of completions before they are sent."""
     seen: list[Seen] = field(default_factory=list)
     running: int = 0
+    most: int = 0
+    """That ran at once."""
     aborted: int = 0
     """Streams whose client went away."""
     connections: int = 0
@@ -111,7 +116,7 @@ class FakeServer:
         return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
 
     async def sample(self, ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[Chunk, None]:
-        """Tokens one by one; a prompt costs time as far as its blocks are not there yet."""
+        """Tokens one by one."""
         if not ids or not all(isinstance(id, int) and 0 <= id < self.vocab_size for id in ids):
             raise BadRequest("token ids are out of the vocabulary")
         if len(ids) >= self.max_context:
@@ -120,8 +125,8 @@ class FakeServer:
                 f"{len(ids)} input tokens."
             )
         said = list(ids)
-        if self.prefill_s and self.cached(ids) + BLOCK < len(ids):
-            await anyio.sleep(self.prefill_s)
+        if self.prefill is not None and self.cached(ids) + BLOCK < len(ids):
+            await self.prefill()
         engine = self.model()
         async with aclosing(engine.generate((tuple(ids),), params)) as chunks:
             async for chunk in chunks:
@@ -203,6 +208,7 @@ class FakeServer:
     async def _get(self, wire: _Wire, path: str) -> None:
         if self.loading:
             self.loading -= 1
+            self.on_loading()
             await wire.page(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
             return
         page = self.pages().get(path)
@@ -221,6 +227,7 @@ class FakeServer:
             await wire.page(200, "<html>a proxy</html>")
             return True
         self.running += 1
+        self.most = max(self.most, self.running)
         try:
             return await self._stream(wire, path, body, fault)
         finally:
@@ -257,12 +264,12 @@ class FakeServer:
                 match fault.kind:
                     case "slow" | "stall":
                         await wire.flush()
-                        await anyio.sleep(fault.seconds)
+                        await clocks.sleep(fault.seconds)
                     case "pings":
-                        with anyio.move_on_after(fault.seconds):
-                            while True:
-                                await wire.comment("ping")
-                                await anyio.sleep(0.02)
+                        until = anyio.current_time() + fault.seconds
+                        while anyio.current_time() < until:
+                            await wire.comment("ping")
+                            await clocks.sleep(0.3)
                     case "garbage":
                         await wire.event('{"choices": [{"tok')
                     case "error":
