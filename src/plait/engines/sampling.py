@@ -16,6 +16,11 @@ from plait.types import SamplingParams
 
 Floats = npt.NDArray[np.float32]
 _BLOCK = 64
+_NARROW, _WIDTH = 2048, 256
+"""Of larger vocabularies, weights are added up by so many first: running sums of all are most of the cost of a draw."""
+_COLDEST = 1e-30
+_LEAST = (1e-3, 1e-6)
+"""Weights looked at for `top_p`, the largest being 1: the first are nearly always enough."""
 
 
 def uniforms(seed: int) -> Iterator[float]:
@@ -32,7 +37,9 @@ class Sampler:
         self._vocab_size = vocab_size
         self._stops_SV = np.zeros((max_slots, vocab_size), bool)
         self._banned_SV = np.zeros((max_slots, vocab_size), bool)
-        self._work_SV = np.empty((max_slots, vocab_size), np.float32)
+        self._narrow = vocab_size <= _NARROW
+        width = vocab_size if self._narrow else -(-vocab_size // _WIDTH) * _WIDTH
+        self._work_SV = np.zeros((max_slots, width), np.float32)
         self._sums_S = np.empty(max_slots, np.float32)
         self._rows_S = np.arange(max_slots) * vocab_size
         self._params: list[SamplingParams | None] = [None] * max_slots
@@ -70,10 +77,10 @@ class Sampler:
             choice_SV = np.where(self._banned_SV[:slots], np.float32(-np.inf), logits_SV)
         chosen_S = choice_SV.argmax(1)
         if self._hot:
-            chosen_S[self._hot] = self._draw(choice_SV[self._hot])
+            chosen_S[self._hot] = self._draw(choice_SV)
         flat_S = chosen_S + self._rows_S[:slots]
         if self._scored:
-            work_SV = self._work_SV[:slots]
+            work_SV = self._work_SV[:slots, : self._vocab_size]
             at_S = logits_SV.ravel().take(flat_S)
             top_S = logits_SV.max(1) if self._hot or self._bans else at_S
             np.subtract(logits_SV, top_S[:, None], out=work_SV)
@@ -107,26 +114,43 @@ class Sampler:
             logprobs_R[np.isin(slots_R, self._silent)] = 0
         return chosen_R.tolist(), logprobs_R.tolist()
 
-    def _draw(self, logits_HV: Floats) -> npt.NDArray[np.intp]:
+    def _draw(self, logits_SV: Floats) -> npt.NDArray[np.intp]:
         """Sample the hot slots by inverting the cumulative distribution."""
-        params = [self._params[i] for i in self._hot]
-        draws = [self._draws[i] for i in self._hot]
-        scaled_HV = logits_HV.astype(np.float64)
-        scaled_HV -= scaled_HV.max(1, keepdims=True)
-        with np.errstate(over="ignore"):  # of all but the likeliest, at a temperature next to none
-            scaled_HV /= np.array([[p.temperature] for p in params if p is not None])
-        weights_HV = np.exp(scaled_HV)
+        params = [p for i in self._hot if (p := self._params[i]) is not None]
+        draws = [d for i in self._hot if (d := self._draws[i]) is not None]
+        padded_HV = self._work_SV[: len(params)]
+        weights_HV = padded_HV[:, : self._vocab_size]
+        weights_HV[:] = logits_SV[self._hot]
+        weights_HV -= weights_HV.max(1, keepdims=True)
+        weights_HV /= np.array([[max(p.temperature, _COLDEST)] for p in params], np.float32)
+        np.exp(weights_HV, out=weights_HV)
         for weights_V, p in zip(weights_HV, params, strict=True):
-            if p is not None and (p.top_k or p.top_p < 1):
+            if p.top_k or p.top_p < 1:
                 _filter(weights_V, p.top_k, p.top_p)
-        sums_HV = weights_HV.cumsum(1)
-        at_H1 = np.array([[next(d)] for d in draws if d is not None]) * sums_HV[:, -1:]
-        chosen_H = (sums_HV <= at_H1).sum(1)
+        draws_H1 = np.array([[next(d)] for d in draws])
+        chosen_H = _inverted(padded_HV, draws_H1) if self._narrow else _inverted_by_blocks(padded_HV, draws_H1)
         # Rounding may carry a draw past the last weight: take the likeliest token then.
-        beyond_H = chosen_H >= self._vocab_size
-        if beyond_H.any():
-            chosen_H[beyond_H] = weights_HV[beyond_H].argmax(1)
-        return chosen_H
+        drawn_H = padded_HV[np.arange(len(params)), chosen_H] > 0
+        return chosen_H if drawn_H.all() else np.where(drawn_H, chosen_H, weights_HV.argmax(1))
+
+
+def _inverted(weights_HV: Floats, draws_H1: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """The first weight of each row up to which the sum of weights exceeds a draw's share of the whole."""
+    sums_HV = weights_HV.cumsum(1, dtype=np.float64)
+    return np.minimum((sums_HV <= draws_H1 * sums_HV[:, -1:]).sum(1), weights_HV.shape[1] - 1)
+
+
+def _inverted_by_blocks(weights_HV: Floats, draws_H1: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """The same for many weights: in which block of W, and where in the block."""
+    rows_H = np.arange(len(weights_HV))
+    blocks_HNW = weights_HV.reshape(len(rows_H), -1, _WIDTH)
+    sums_HN = blocks_HNW.sum(2).cumsum(1, dtype=np.float64)
+    at_H1 = draws_H1 * sums_HN[:, -1:]
+    block_H = np.minimum((sums_HN <= at_H1).sum(1), sums_HN.shape[1] - 1)
+    block_HW = blocks_HNW[rows_H, block_H]
+    before_H1 = sums_HN[rows_H, block_H][:, None] - block_HW.sum(1, keepdims=True)
+    inside_H = (block_HW.cumsum(1, dtype=np.float64) + before_H1 <= at_H1).sum(1)
+    return block_H * _WIDTH + np.where(inside_H < _WIDTH, inside_H, block_HW.argmax(1))
 
 
 def _marked(vocab_size: int, ids: tuple[int, ...]) -> npt.NDArray[np.bool_]:
@@ -136,11 +160,25 @@ def _marked(vocab_size: int, ids: tuple[int, ...]) -> npt.NDArray[np.bool_]:
     return marks_V
 
 
-def _filter(weights_V: npt.NDArray[np.float64], top_k: int, top_p: float) -> None:
-    """Zero all but the `top_k` largest weights, then all but the fewest that hold `top_p` of what is left."""
-    order_V = np.argsort(-weights_V, kind="stable")
-    keep = min(top_k, len(order_V)) if top_k else len(order_V)
+def _filter(weights_V: Floats, top_k: int, top_p: float) -> None:
+    """Zero all but the `top_k` largest weights, then all but the fewest that hold `top_p` of what is left.
+
+    The largest weight is 1. Of equal weights the first are kept. Only weights that may be kept are sorted.
+    """
+    top_k = min(top_k, len(weights_V))
+    least = np.partition(weights_V, -top_k)[-top_k] if top_k else _least(weights_V, top_p)
+    kept = np.flatnonzero(weights_V >= least)
+    kept = kept[np.argsort(-weights_V[kept], kind="stable")][: top_k or None]
+    weights_K = weights_V[kept]
     if top_p < 1:
-        sums = weights_V[order_V[:keep]].cumsum()
-        keep = min(keep, int((sums < top_p * sums[-1]).sum()) + 1)
-    weights_V[order_V[keep:]] = 0
+        whole = (weights_K if top_k else weights_V).sum(dtype=np.float64)
+        keep = int((weights_K.cumsum(dtype=np.float64) < top_p * whole).sum()) + 1
+        kept, weights_K = kept[:keep], weights_K[:keep]
+    weights_V[:] = 0
+    weights_V[kept] = weights_K
+
+
+def _least(weights_V: Floats, share: float) -> float:
+    """A weight that is small enough: those not smaller hold a share of all."""
+    enough = share * weights_V.sum(dtype=np.float64)
+    return next((w for w in _LEAST if weights_V[weights_V >= w].sum(dtype=np.float64) >= enough), 0.0)
