@@ -36,7 +36,12 @@ def started(*args: str, **more: Any) -> subprocess.Popen[str]:
     src = str(Path(__file__).parent.parent / "src")
     env = {**os.environ, "PYTHONPATH": src, "TERM": "xterm"}
     command = [sys.executable, "-m", "plait", *args]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **more)
+    # A shell's background jobs ignore Ctrl-C, and so would all that they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **more)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # Help and usage -----------------------------------------------------------------------------------------------------
@@ -380,7 +385,8 @@ def test_weights_that_are_corrupt_are_named(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
-    process = started("tasks", "--sample", "200")
+    # More than the pipe holds, or it could be over before anybody hangs up.
+    process = started("tasks", "--sample", "12", pipesize=4096)
     assert process.stdout is not None
     assert process.stdout.readline() == "long_multiplication\n"
     process.stdout.close()
@@ -418,6 +424,7 @@ def test_ctrl_c_leaves_a_trace_that_can_be_read(tmp_path: Path) -> None:
 def test_ctrl_c_is_quiet_whichever_module_is_being_imported(module: str) -> None:
     script = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Stop:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
