@@ -109,7 +109,9 @@ def test_a_policy_stops_forking_where_it_does_not_pay(tmp_path: Path, either: Pa
     assert steps(tmp_path / "rl", "age") == [0.0] + [float(mode == "one_step_off")] * 6
     if mode == "sync":
         assert max(steps(tmp_path / "rl", "mismatch")) < 1e-3
-    assert "held out, greedy" in "\n".join(lines)
+    (said,) = [line for line in lines if line.startswith("step 7  held out, greedy: ")]
+    assert f"right {end['correct']:.1%}" in said
+    assert lines[0].endswith(f"in {more.data.format} from {more.init}")
 
 
 @pytest.mark.parametrize("mode", ["sync", "one_step_off"])

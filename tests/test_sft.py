@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.torch
 
+from plait.commands.train import train_rl, train_sft  # noqa: E402
 from plait.errors import ModelError, RequestError  # noqa: E402
 from plait.tasks.vocabulary import TOKENIZER  # noqa: E402
 from plait.train import checkpoint  # noqa: E402
@@ -201,6 +202,18 @@ def test_a_corrupt_checkpoint_is_a_model_error(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"no weights")
     with pytest.raises(ModelError, match="not a readable checkpoint"):
         run(config_from(TINY), tmp_path)
+    with pytest.raises(ModelError, match=r"there is no checkpoint gone\.pt"):
+        run(config_from({**TINY, "init": "gone.pt"}), tmp_path / "other")
+
+
+def test_a_config_of_the_other_trainer_is_told_which_command_it_is_for():
+    configs = Path(__file__).parents[1] / "configs"
+    with pytest.raises(RequestError, match=r"\[loss\]: it is for `plait train rl`"):
+        train_sft(str(configs / "rl_pgrpo.toml"), dry_run=True)
+    with pytest.raises(RequestError, match="it is for `plait train sft`"):
+        train_rl(str(configs / "sft_multiverse.toml"), dry_run=True)
+    assert train_sft(str(configs / "sft_multiverse.toml"), dry_run=True) == 0
+    assert train_rl(str(configs / "rl_pgrpo.toml"), dry_run=True) == 0
 
 
 def test_a_run_starts_from_given_weights(tmp_path):

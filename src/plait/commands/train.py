@@ -11,6 +11,7 @@ from typing import Any
 from plait import tasks
 from plait.commands.settings import overrides
 from plait.errors import PlaitError, RequestError
+from plait.settings import read_toml
 
 
 def train_sft(
@@ -39,6 +40,7 @@ def train_sft(
         ModelError: The folder holds another run.
     """
     sft = _trainer("sft")
+    _refuse_other(config, "sft")
     resolved = sft.load_config(config, overrides(settings))
     if dry_run:
         print(sft.to_toml(resolved), end="")
@@ -71,6 +73,7 @@ def train_rl(
         EngineError: Every rollout of a step failed.
     """
     rl = _trainer("rl")
+    _refuse_other(config, "rl")
     resolved = rl.load_rl_config(config, overrides(settings))
     if dry_run:
         print(rl.to_toml(resolved), end="")
@@ -85,6 +88,20 @@ def _trainer(name: str) -> Any:
         raise RequestError(
             f"training needs {exc.name or 'torch'}, which is not installed: pip install 'plait[train]'"
         ) from exc
+
+
+_ONLY_RL = ("reward", "rollout", "loss")
+
+
+def _refuse_other(config: str, trainer: str) -> None:
+    """Refuse a config that is plainly of the other trainer, which would be refused for one of its names."""
+    values = read_toml(config)
+    rewarded = [f"[{name}]" for name in _ONLY_RL if name in values]
+    if trainer == "sft" and rewarded:
+        raise RequestError(f"{config} has {', '.join(rewarded)}: it is for `plait train rl`")
+    data = values.get("data")
+    if trainer == "rl" and not rewarded and isinstance(data, dict) and "traces" in data:
+        raise RequestError(f"{config} says which gold traces to learn (data.traces): it is for `plait train sft`")
 
 
 def _folder(config: str, out: str | None) -> Path:

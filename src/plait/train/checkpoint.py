@@ -44,6 +44,8 @@ def load(path: Path, *, format: str | None = None) -> dict[str, Any]:
     Raises:
         ModelError: The file is missing, corrupt, of another schema, or trained in another format.
     """
+    if not path.exists():
+        raise ModelError(f"there is no checkpoint {path}; another run writes it, or `--set init=PATH` names one")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         schema, trained = state["schema"], state["config"]["data"]["format"]

@@ -166,6 +166,11 @@ class RunConfig:
                 f"eval.times is {self.eval.times}, and no line is kept for it: set data.held_out, or eval.times to 0"
             )
 
+    @property
+    def origin(self) -> str:
+        """Where the weights come from, in words."""
+        return f"from {self.base.path}" if self.base is not None else f"from {self.init or 'random weights'}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SFTConfig(RunConfig):

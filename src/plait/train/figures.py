@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from plait.train.policy import Judged
 from plait.train.rewards import Outcome
@@ -52,6 +52,16 @@ def scores(runs: Sequence[tuple[Rollout, Outcome]]) -> dict[str, float]:
     if known:
         found["fork_right"] = sum(should == did for should, did in known) / len(known)
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def shown_scores(found: Mapping[str, float]) -> str:
+    """Scores in a line."""
+    decisions = f" (decisions right {found['fork_right']:.1%})" if "fork_right" in found else ""
+    return (
+        f"right {found['correct']:.1%}  forks {found['parallel']:.1%}{decisions}  in the format {found['valid']:.1%}"
+        f"  critical path {found['critical_path_tokens']:.1f} of {found['sampled_tokens']:.1f} tokens"
+        f"  speedup {found['speedup']:.2f}"
+    )
 
 
 def _speedup(outcomes: Sequence[Outcome]) -> float:

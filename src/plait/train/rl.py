@@ -13,7 +13,6 @@ Source: P-GRPO, ThreadWeaver (Lian et al. 2025, arXiv:2512.07843).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +32,7 @@ from plait.train import checkpoint, machine
 from plait.train.config import to_toml
 from plait.train.display import Say
 from plait.train.experience import Experience, PolicyBatch, idle, pack
-from plait.train.figures import scores, summary
+from plait.train.figures import scores, shown_scores, summary
 from plait.train.learners import Learner, open_learner
 from plait.train.loop import Loop, RunResult
 from plait.train.model import Decoder
@@ -126,7 +125,7 @@ class _Run:
 
     async def go(self) -> RunResult:
         loop, progress = self.loop, self.progress
-        start = "from the start" if not progress.step else f"on from step {progress.step}"
+        start = f"on from step {progress.step}" if progress.step else self.config.origin
         loop.say(f"training {self.learner.num_parameters:,} parameters in {self.config.data.format} {start}")
         with Failures().unwrapped():
             async with self.serving:
@@ -364,7 +363,7 @@ class _Run:
         shown = {f"eval/{name}": value for name, value in found["all"].items()}
         self.loop.write({"step": progress.step, "eval": found, "eval_s": took}, shown)
         self.loop.save(self)
-        self.loop.say(f"step {progress.step}  held out, greedy: {json.dumps(found['all'])}")
+        self.loop.say(f"step {progress.step}  held out, greedy: {shown_scores(found['all'])}")
 
 
 def _fresh(config: RLConfig) -> Decoder:

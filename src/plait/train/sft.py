@@ -104,7 +104,7 @@ class _Run:
 
     def go(self) -> RunResult:
         loop, progress = self.loop, self.progress
-        start = "from the start" if not progress.step else f"on from step {progress.step}"
+        start = f"on from step {progress.step}" if progress.step else self.config.origin
         loop.say(f"training {self.learner.num_parameters:,} parameters in {self.config.data.format} {start}")
         speed = _Speed()
         for _ in loop.steps(self):
