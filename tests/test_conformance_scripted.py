@@ -14,6 +14,7 @@ import pytest
 from plait.engines.base import EngineStats
 from plait.engines.scripted import ScriptedEngine
 from plait.errors import EngineProtocolError, RequestError
+from plait.testing.clock import virtual_time
 from plait.testing.conformance import check_engine
 from plait.testing.pytest import EngineClause
 from plait.types import Chunk, Context, SamplingParams, context_positions
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    return request.param, virtual_time(request.param)
 
 
 def make(**options: Any) -> ScriptedEngine:

@@ -1,7 +1,12 @@
-"""A long prompt beside calls that sample: no step computes more of it than a chunk, and nobody waits for its end."""
+"""A long prompt beside calls that sample: no step computes more of it than a chunk, and nobody waits for its end.
+
+The engine's thread is held before a step until the calls of the test have come: which step they meet is not chance.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +48,38 @@ def engine(request: pytest.FixtureRequest, gguf: Path) -> Any:
     return make(**options)
 
 
-def watch(engine: Any, patch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """For each step: its rows, and those of them that a call samples from."""
-    steps: list[tuple[int, int]] = []
-    decoder = engine._scheduler._decoder
-    if engine.name == "llamacpp":
-        decode = decoder.decode
+class Watched:
+    """The steps of an engine; the one with number `hold` waits until it is let go.
 
-        def seen(rows: int) -> int:
-            steps.append((rows, int(decoder.outputs[:rows].sum())))
-            return decode(rows)
+    Attributes:
+        steps: For each, its rows, and those of them that a call samples from.
+    """
 
-        patch.setattr(decoder, "decode", seen)
-        return steps
-    forward = decoder.forward
+    def __init__(self, engine: Any, patch: pytest.MonkeyPatch, *, hold: int) -> None:
+        self.steps: list[tuple[int, int]] = []
+        self._engine, self._hold, self._go = engine, hold, threading.Event()
+        decoder = engine._scheduler._decoder
+        name = "decode" if engine.name == "llamacpp" else "forward"
+        compute = getattr(decoder, name)
 
-    def seen_too(rows: Any, cache: Any) -> Any:
-        steps.append((len(rows.token_ids), len(rows.outputs)))
-        return forward(rows, cache)
+        def seen(rows: Any, *cache: Any) -> Any:
+            self.steps.append(
+                (len(rows.token_ids), len(rows.outputs)) if cache else (rows, int(decoder.outputs[:rows].sum()))
+            )
+            if len(self.steps) == hold:
+                self._go.wait(50)
+            return compute(rows, *cache)
 
-    patch.setattr(decoder, "forward", seen_too)
-    return steps
+        patch.setattr(decoder, name, seen)
+
+    async def meet(self, number: int, start: Callable[[], None]) -> None:
+        """When the step is held, start so many calls; let it go when all are there."""
+        while len(self.steps) < self._hold:
+            await anyio.lowlevel.checkpoint()
+        start()
+        while self._engine.stats().queued < number:
+            await anyio.lowlevel.checkpoint()
+        self._go.set()
 
 
 async def test_a_long_prompt_delays_each_token_of_others_by_no_more_than_a_chunk(
@@ -72,7 +88,7 @@ async def test_a_long_prompt_delays_each_token_of_others_by_no_more_than_a_chunk
     async with engine:
         alone = [(await call(engine, ((*SHORT, i),), max_tokens=400))[0] for i in range(2)]
         await engine.forget()
-        steps = watch(engine, monkeypatch)
+        watched = Watched(engine, monkeypatch, hold=20)
         outs: list[Any] = [None] * 3
         async with anyio.create_task_group() as tasks:
 
@@ -81,11 +97,8 @@ async def test_a_long_prompt_delays_each_token_of_others_by_no_more_than_a_chunk
 
             for i in range(2):
                 tasks.start_soon(ask, i, (*SHORT, i), 400)
-            while engine.stats().decode_tokens < 2 * 400 + 20:
-                await anyio.lowlevel.checkpoint()
-            start = len(steps)
-            tasks.start_soon(ask, 2, LONG, 5)
-        filling = [(rows, sampled) for rows, sampled in steps[start:] if rows > sampled]
+            await watched.meet(1, lambda: tasks.start_soon(ask, 2, LONG, 5))
+        filling = [(rows, sampled) for rows, sampled in watched.steps[20:] if rows > sampled]
     assert len(filling) >= len(LONG) // CHUNK - 1, "it was computed in chunks"
     for rows, sampled in filling:
         assert rows - sampled <= CHUNK
@@ -103,9 +116,12 @@ async def test_a_short_prompt_does_not_wait_for_a_long_one_before_it(
             await call(engine, (prompt,), max_tokens=length)
             ended.append(name)
 
+        def start() -> None:
+            # Their first token alone: each is told of its end by one message, in the order in which they end.
+            tasks.start_soon(ask, "long", LONG, 1)
+            tasks.start_soon(ask, "short", SHORT[::-1], 1)
+
+        watched = Watched(engine, monkeypatch, hold=5)
         tasks.start_soon(ask, "busy", SHORT, 480)
-        while engine.stats().decode_tokens < 5:
-            await anyio.lowlevel.checkpoint()
-        tasks.start_soon(ask, "long", LONG, 1)
-        tasks.start_soon(ask, "short", SHORT[::-1], 4)
+        await watched.meet(2, start)
     assert ended == ["short", "long", "busy"]
