@@ -149,7 +149,7 @@ async def test_every_dialect_obeys_every_clause(dialect: str) -> None:
     # The server's own end-of-sequence is no eos id of these calls: they have to go on behind it.
     server = make(own_eos=None if dialect == "completions" else 7, max_context=200)
     async with server.serve():
-        engine = HttpEngine(server.url, timeouts=QUICK, max_context=200)
+        engine = HttpEngine(server.url, timeouts=QUICK, max_context=200, vocab_size=VOCAB)
         # The fake model finds all tokens alike: with any tolerance, whatever comes back would be a tie.
         checked = await check_engine(lambda: engine, vocab_size=VOCAB, tolerance=0)
         assert checked == [*(f"C{i}" for i in range(1, 10)), "M0", "C10"]

@@ -15,7 +15,8 @@ SRC = Path(__file__).parent.parent / "src" / "plait"
 
 LAYERS = (
     ("errors",),
-    ("types", "settings", "registry"),
+    ("settings", "registry"),
+    ("types",),
     ("events",),
     ("tree",),
     ("tokenizer",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from contextlib import aclosing
 from typing import Any
@@ -79,6 +80,32 @@ async def test_weights_make_ids_likely_and_bans_make_them_impossible() -> None:
     ids = [id for chunk in await call(engine, max_tokens=50, banned_ids=(3, 4)) for id in chunk.token_ids]
     assert set(ids) <= {0, 1, 2, 5, 6, 7}
     assert len(set(ids)) > 3
+    with pytest.raises(RequestError, match="all 8 ids that can be sampled are banned"):
+        await call(engine, max_tokens=1, banned_ids=tuple(range(9)))
+    with pytest.raises(RequestError, match="all 2 ids that can be sampled are banned"):
+        await call(ScriptedEngine(vocab_size=3, weights={1: 0}), max_tokens=1, banned_ids=(0, 2))
+    assert [
+        c.token_ids
+        for c in await call(ScriptedEngine(vocab_size=3, script=lambda _: (2,)), max_tokens=1, banned_ids=(2,))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"vocab_size": 0}, "vocab_size is 0; it must be a whole number of at least 1"),
+        ({"chunk_size": 1.5}, "chunk_size is 1.5"),
+        ({"max_context": None}, "max_context is None"),
+        ({"delay_s": -1}, "delay_s is -1"),
+        ({"delay_s": math.nan}, "delay_s is nan"),
+        ({"weights": {64: 1.0}}, "an id of weights is 64; it must be a whole number from 0 to 63"),
+        ({"weights": {3: -1.0}}, "the weight of 3 is -1.0"),
+        ({"vocab_size": 2, "weights": {0: 0, 1: 0}}, "weights of all 2 ids are 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        ScriptedEngine(**options)
 
 
 async def test_a_context_must_end_in_ids_and_fit() -> None:

@@ -65,16 +65,40 @@ def one_of(given: Any, allowed: Collection[str], what: str) -> None:
         raise nearest(str(given), list(allowed), what)
 
 
-def within(name: str, value: float | None, least: float, most: float | None = None) -> None:
-    """Refuse a number outside of a range, and one that is none; None passes.
+def within(
+    name: str,
+    value: float | None,
+    least: float,
+    most: float | None = None,
+    *,
+    above: bool = False,
+    whole: bool = False,
+    or_none: bool = True,
+) -> None:
+    """Refuse a number outside of a range, and what is none.
+
+    Args:
+        above: The least itself is refused too.
+        whole: So is what is no whole number, infinity too.
+        or_none: None passes.
 
     Raises:
         RequestError: It is outside; the message says what is allowed.
     """
-    if value is None or (least <= value and (most is None or value <= most)):
-        return
-    allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-    raise RequestError(f"{name} is {value}; it must be {allowed}")
+    kind = type(value)
+    if value is None:
+        inside = or_none
+    elif kind is int or (kind is float and not whole) or _takes(int if whole else float, value):
+        inside = least <= value and (most is None or value <= most) and not (above and value == least)
+    else:
+        inside = False
+    if not inside:
+        kind = "a whole number" if whole else "a number"
+        if most is None:
+            bounds = f"above {least}" if above else f"of at least {least}"
+        else:
+            bounds = f"above {least} and at most {most}" if above else f"from {least} to {most}"
+        raise RequestError(f"{name} is {value!r}; it must be {kind} {bounds}")
 
 
 def of_type(hint: Any, value: Any, *, name: str) -> None:
@@ -170,12 +194,14 @@ def build(cls: type[T], values: Mapping[str, Any], section: str = "") -> T:
         raise RequestError(f"{where}: {str(exc).partition('()')[2].strip() or exc}") from exc
 
 
-_SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+_ANY = Any, Parameter.empty
+_SAID: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+_SAID |= dict.fromkeys(_ANY, "anything")
 
 
 def _takes(kind: Any, value: Any) -> bool:
     origin = get_origin(kind) or kind
-    if origin in (Any, Parameter.empty):
+    if origin in _ANY:
         return True
     if origin is Literal:
         return value in get_args(kind)

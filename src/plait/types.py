@@ -6,15 +6,22 @@ run; it holds a `Merge` where threads were joined by their keys and values inste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from operator import index
 from typing import Literal, TypeAlias
 
 from plait.errors import RequestError
+from plait.settings import of_type, within
 
 JoinKind: TypeAlias = Literal["none", "concat", "merge", "message"]
 """How a parent reads its threads: not at all, as text read again, as keys and values, as messages."""
+
+
+_HOTTEST = 1_000_000
+"""Where tokens have long been equally likely, and infinity begins to be divided by itself."""
 
 
 class StopReason(StrEnum):
@@ -99,14 +106,12 @@ class SamplingParams:
     """False lets an engine report 0.0 for every token and save the softmax."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if not self.temperature >= 0:
-            raise RequestError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise RequestError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        # Made for every engine call.
+        if type(self.max_tokens) is not int or self.max_tokens < 1:
+            within("max_tokens", self.max_tokens, 1, whole=True, or_none=False)
+        if type(self.seed) is not int:
+            of_type(int, self.seed, name="seed")
+        _check_sampling(self.temperature, self.top_p, self.top_k)
 
     def stop_at(self, id: int, *, full: bool) -> StopReason | None:
         """Why a call ends after sampling an id; None where it goes on.
@@ -119,6 +124,13 @@ class SamplingParams:
         if id in self.eos_ids:
             return StopReason.EOS
         return StopReason.LENGTH if full else None
+
+
+@lru_cache(maxsize=256, typed=True)
+def _check_sampling(temperature: float, top_p: float, top_k: int) -> None:
+    within("temperature", temperature, 0, _HOTTEST, or_none=False)
+    within("top_p", top_p, 0, 1, above=True, or_none=False)
+    within("top_k", top_k, 0, whole=True, or_none=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,12 +167,9 @@ class Budget:
     """Seconds from the start of the run."""
 
     def __post_init__(self) -> None:
-        floors = {"max_concurrent_threads": 1, "max_thread_tokens": 1, "max_tokens": 1}
         for name in self.__slots__:
-            value = getattr(self, name)
-            floor = floors.get(name, 0)
-            if value is not None and not value >= floor:
-                raise RequestError(f"budget {name} is {value}; it must be None or at least {floor}")
+            least = 1 if name in ("max_concurrent_threads", "max_thread_tokens", "max_tokens") else 0
+            within(f"budget {name}", getattr(self, name), least, whole=name != "deadline_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,5 +188,29 @@ class Request:
     """The budget is written into the prompt in the format's own words, for weights that were trained to read it."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", _token_ids(self.prompt_ids))
         if not self.prompt_ids:
             raise RequestError("the prompt is empty; it must hold at least one token id")
+        if not isinstance(self.budget, Budget):
+            raise RequestError(f"the budget is {self.budget!r}; it must be a Budget, such as Budget(max_tokens=1000)")
+        # Held to its ranges before anything runs.
+        SamplingParams(max_tokens=1, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
+
+
+def _token_ids(given: Sequence[int]) -> tuple[int, ...]:
+    """Ids of any sequence as a tuple.
+
+    Raises:
+        RequestError: It is none of whole numbers.
+    """
+    if type(given) is tuple and {*map(type, given)} <= {int}:
+        return given
+    if isinstance(given, str | bytes):
+        raise RequestError(
+            f"the prompt is {given!r:.60}; prompt_ids are token ids: `model.request(text)` makes a request from text, "
+            "`tokenizer.encode(text)` ids"
+        )
+    try:
+        return tuple(map(index, given))
+    except TypeError as exc:
+        raise RequestError(f"the prompt is {given!r:.60}; it must be a sequence of token ids ({exc})") from None

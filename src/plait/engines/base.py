@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from plait.errors import RequestError
 from plait.types import Chunk, Context, SamplingParams
 
 
@@ -45,9 +46,10 @@ class Engine(Protocol):
     """Continues a context of token ids.
 
     The contract is checked by `plait.testing.check_engine`. In short: greedy is repeatable and seeds are honoured;
-    a stop or eos id ends the output, is included, and is named in the last chunk; `max_tokens` gives exactly so many
-    and `StopReason.LENGTH`; closing the generator frees what it held; a context that does not fit raises
-    `ContextLengthError` before sampling; a context with a `Merge` raises `UnsupportedJoin` unless `supports_merge`.
+    a stop or eos id ends the output, is included, and is named in the last chunk; a banned id is never sampled, and a
+    call that bans all of them is refused; `max_tokens` gives exactly so many and `StopReason.LENGTH`; closing the
+    generator frees what it held; a context that does not fit raises `ContextLengthError` before sampling; a context
+    with a `Merge` raises `UnsupportedJoin` unless `supports_merge`.
     Used as an async context manager; entering starts it, leaving frees everything. Inherit from it where entering has
     nothing to do.
     """
@@ -66,3 +68,16 @@ class Engine(Protocol):
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
+
+
+def check_banned(params: SamplingParams, ids: Collection[int]) -> None:
+    """Hold a call to C4, before it samples.
+
+    Args:
+        ids: All that the engine can sample, each once.
+
+    Raises:
+        RequestError: They are all banned.
+    """
+    if len(params.banned_ids) >= len(ids) and set(ids) <= set(params.banned_ids):
+        raise RequestError(f"all {len(ids)} ids that can be sampled are banned; leave one")

@@ -19,7 +19,7 @@ import anyio.lowlevel
 import numpy as np
 
 from plait.engines.affinity import stated_affinity
-from plait.engines.base import EngineStats
+from plait.engines.base import EngineStats, check_banned
 from plait.engines.calls import Call, Delivery, Part, normalise
 from plait.engines.scheduler import Scheduler
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError
@@ -161,8 +161,7 @@ class InProcessEngine:
             EngineError: The model gave NaN; seen where log-probabilities are asked for.
         """
         scheduler = self._check_open()
-        if len(params.banned_ids) >= self.vocab_size and set(range(self.vocab_size)) <= set(params.banned_ids):
-            raise RequestError(f"all {self.vocab_size} ids of the vocabulary are banned; leave one to sample")
+        check_banned(params, range(self.vocab_size))
         mailbox = Mailbox()
         call = self._call(next(self._numbers), self._checked(context), params, mailbox)
         stated = stated_affinity()

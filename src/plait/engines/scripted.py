@@ -18,14 +18,16 @@ from zlib import crc32
 import anyio
 import anyio.lowlevel
 
-from plait.engines.base import EngineStats
+from plait.engines.base import EngineStats, check_banned
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError, UnsupportedJoin
+from plait.settings import within
 from plait.tree import Tree
 from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_merges, context_positions
 
 Script: TypeAlias = Callable[[Context], Sequence[int]]
 Fail: TypeAlias = Callable[[Context, Sequence[int]], Exception | None]
 _WORD = 1 << 32
+_LONGEST_S, _HEAVIEST = 3600, 1e30
 
 
 class ScriptedEngine:
@@ -63,12 +65,18 @@ class ScriptedEngine:
         max_context: int = 1 << 20,
         supports_merge: bool = True,
     ) -> None:
-        if chunk_size < 1 or vocab_size < 1:
-            raise RequestError(f"chunk_size is {chunk_size} and vocab_size {vocab_size}; both must be at least 1")
+        for option, value in (("vocab_size", vocab_size), ("chunk_size", chunk_size), ("max_context", max_context)):
+            within(option, value, 1, whole=True, or_none=False)
+        within("delay_s", delay_s, 0, _LONGEST_S, or_none=False)
         self.max_context, self.supports_merge = max_context, supports_merge
         self._weights = [1.0] * vocab_size
         for id, weight in (weights or {}).items():
+            within("an id of weights", id, 0, vocab_size - 1, whole=True, or_none=False)
+            within(f"the weight of {id}", weight, 0, _HEAVIEST, or_none=False)
             self._weights[id] = weight
+        self._likely = [id for id, weight in enumerate(self._weights) if weight]
+        if not self._likely:
+            raise RequestError(f"the weights of all {vocab_size} ids are 0; leave one to sample")
         self._script = _Replay(script) if isinstance(script, Tree) else script
         self._chunk_size, self._delay_s, self._fail = chunk_size, delay_s, fail
         self._timing = None if timing_seed is None else random.Random(timing_seed)
@@ -91,6 +99,8 @@ class ScriptedEngine:
 
     async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
         self._check(context)
+        if self._script is None:
+            check_banned(params, self._likely)
         length = context_positions(context)
         room = min(params.max_tokens, self.max_context - length)
         tokens = self._tokens(context, params)

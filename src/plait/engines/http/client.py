@@ -23,6 +23,7 @@ from plait.errors import (
     PlaitError,
     RequestError,
 )
+from plait.settings import within
 
 _TOO_LONG = (
     *("exceed_context_size", "context length", "context size", "maximum context"),
@@ -35,7 +36,7 @@ _MOST_EVENT_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
-    """Seconds each phase of a call may take. None of them bounds the whole call: `Budget.deadline_s` does."""
+    """Seconds each phase of a call may take; infinity: any. None bounds the whole call: `Budget.deadline_s` does."""
 
     connect_s: float = 5.0
     first_token_s: float = 300.0
@@ -47,9 +48,7 @@ class Timeouts:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            value = getattr(self, name)
-            if not value > 0:
-                raise RequestError(f"timeout {name} is {value}; it must be more than 0 seconds (inf for none)")
+            within(f"timeout {name}", getattr(self, name), 0, above=True, or_none=False)
 
 
 class Busy(EngineUnavailable):

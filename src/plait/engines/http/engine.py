@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 
 import anyio
 
-from plait.engines.base import EngineStats
+from plait.engines.base import EngineStats, check_banned
 from plait.engines.http.base import MOST_IDS, Call, Dialect, Json, Piece
 from plait.engines.http.client import Busy, Client, Timeouts
 from plait.engines.http.placement import Place, Placement
@@ -34,6 +34,7 @@ from plait.errors import (
     RequestError,
     UnsupportedJoin,
 )
+from plait.settings import within
 from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_merges
 
 KEY_VARIABLE = "PLAIT_ENGINE_KEY"
@@ -87,10 +88,10 @@ class HttpEngine:
         share_prefill: bool = True,
     ) -> None:
         self.urls = base_urls(urls)
-        if max_calls < 1 or retries < 0:
-            raise RequestError(f"max_calls is {max_calls} and retries {retries}; they must be at least 1 and 0")
-        if max_context is not None and max_context < 2:
-            raise RequestError(f"max_context is {max_context}; it must be at least 2")
+        within("max_calls", max_calls, 1, whole=True, or_none=False)
+        within("retries", retries, 0, whole=True, or_none=False)
+        within("max_context", max_context, 2, whole=True)
+        within("vocab_size", vocab_size, 1, whole=True)
         self.name = "http"
         self.max_context = max_context or UNKNOWN_CONTEXT
         self.vocab_size = vocab_size
@@ -205,11 +206,13 @@ class HttpEngine:
         Raises:
             UnsupportedJoin: The context holds a merge.
             ContextLengthError: It leaves no position to sample into.
-            RequestError: It is empty, or holds an id that the model does not have.
+            RequestError: It is empty, or holds an id that the model does not have; or all are banned.
             EngineUnavailable, EngineTimeout, EngineError: The server failed, and may be asked again.
             EngineProtocolError: The server answered what it must not.
         """
         token_ids = self._checked(context)
+        if self.vocab_size:
+            check_banned(params, range(self.vocab_size))
         self._queued += 1
         try:
             await self._room.acquire()
