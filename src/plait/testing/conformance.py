@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
@@ -18,7 +18,14 @@ import anyio
 import anyio.lowlevel
 
 from plait.engines.base import Engine
-from plait.errors import ContextLengthError, EngineProtocolError, EngineUnavailable, RequestError, UnsupportedJoin
+from plait.errors import (
+    ContextLengthError,
+    EngineError,
+    EngineProtocolError,
+    EngineUnavailable,
+    RequestError,
+    UnsupportedJoin,
+)
 from plait.settings import one_of, within
 from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_positions
 
@@ -61,6 +68,10 @@ class Output:
 
 
 _LOOKS, _LONG = 5, 1024
+_FILLED = 4096
+"""An engine with a longer context is not asked to fill it: that takes long where prefill is slow."""
+_EXACT = 1e-3
+"""A tolerance up to which two batches draw alike, but for a draw that falls right between two tokens."""
 Clause: TypeAlias = Callable[[Engine, Case], Awaitable[None]]
 
 
@@ -165,9 +176,15 @@ async def _opened(make_engine: Callable[[], Engine], timeout_s: float) -> AsyncG
         engine = await made.__aenter__()
     try:
         yield engine
-    finally:
-        with _limited("closing the engine", timeout_s):
+    except BaseException:
+        with suppress(Exception), _limited("closing the engine", timeout_s):
             await engine.aclose()
+        raise  # what came first
+    with _limited("closing the engine", timeout_s):
+        try:
+            await engine.aclose()
+        except Exception as exc:
+            raise EngineProtocolError(f"closing the engine: {type(exc).__name__}: {exc}") from exc
 
 
 @contextmanager
@@ -192,16 +209,18 @@ async def greedy_repeats_and_seeds_are_honoured(engine: Engine, case: Case) -> N
     seeds = [await _call(engine, case.context, replace(hot, seed=seed)) for seed in range(8)]
     if all(output.token_ids == seeds[0].token_ids for output in seeds):
         raise _Broken("eight seeds at temperature 1 gave the same output")
+    for seed in (-1, 2**63):  # seeds are hashes: any whole number is one
+        await _call(engine, case.context, replace(hot, seed=seed, max_tokens=1))
 
 
 async def greedy_goes_on_where_it_was_cut(engine: Engine, case: Case) -> None:
-    """C2: the continuation of context + out[:k] is out[k:]."""
+    """C2: the continuation of context + out[:k] is out[k:], however its runs are cut."""
     for prompt in case.prompts:
         whole = await _call(engine, (prompt,), case.params)
         for k in (1, case.max_tokens // 2, case.max_tokens - 1):
-            rest = await _call(
-                engine, ((*prompt, *whole.token_ids[:k]),), replace(case.params, max_tokens=case.max_tokens - k)
-            )
+            said = whole.token_ids[:k]
+            context: Context = ((*prompt, *said),) if k > 1 else (prompt, said)
+            rest = await _call(engine, context, replace(case.params, max_tokens=case.max_tokens - k))
             _same(Output(whole.token_ids[k:], whole.logprobs[k:], whole.stop), rest, case, f"cut after {k}")
 
 
@@ -214,20 +233,27 @@ async def max_tokens_is_exact(engine: Engine, case: Case) -> None:
 
 
 async def a_stop_id_ends_is_included_and_named(engine: Engine, case: Case) -> None:
-    """C4; the same for eos ids, and banned ids are never sampled."""
+    """C4: eos ids too, also as the last token there is room for. Banned ids are never sampled."""
     plain = await _call(engine, case.context, case.params)
     id = plain.token_ids[len(plain.token_ids) // 2]
     cut = plain.token_ids[: plain.token_ids.index(id) + 1]
+    # Ids of the prompt that are not sampled end nothing, wherever they stand.
+    others = tuple({other for prompt in case.prompts for other in prompt} - set(plain.token_ids))[:2]
     for stop, params in (
-        (StopReason.STOP, replace(case.params, stop_ids=(id,))),
-        (StopReason.EOS, replace(case.params, eos_ids=(id,))),
+        (StopReason.STOP, replace(case.params, stop_ids=(*others, id))),
+        (StopReason.STOP, replace(case.params, stop_ids=(id,), eos_ids=others)),
+        (StopReason.EOS, replace(case.params, stop_ids=others, eos_ids=(id,))),
+        (StopReason.STOP, replace(case.params, stop_ids=(id,), max_tokens=len(cut))),
     ):
         output = await _call(engine, case.context, params)
         if output.token_ids != cut or output.stop is not stop:
-            raise _Broken(f"{stop} on {id}: got {output.token_ids} and {output.stop!r}, expected {cut}")
-    output = await _call(engine, case.context, replace(case.params, banned_ids=(id,)))
-    if id in output.token_ids:
-        raise _Broken(f"banned id {id} was sampled: {output.token_ids}")
+            raise _Broken(f"{stop} on {id}: got {output.token_ids} and {output.stop!r}, expected {cut} ({params})")
+    known = {*plain.token_ids, *others}
+    banned = (*others[:1], id, *dict.fromkeys(plain.token_ids))[: max(1, len(known) // 2)]
+    for banned_ids in (banned, banned[::-1]):
+        output = await _call(engine, case.context, replace(case.params, banned_ids=banned_ids))
+        if sampled := set(banned).intersection(output.token_ids):
+            raise _Broken(f"of the banned ids {banned_ids}, {sorted(sampled)} were sampled: {output.token_ids}")
 
 
 async def chunks_are_whole_whatever_their_size(engine: Engine, case: Case) -> None:
@@ -241,7 +267,7 @@ async def chunks_are_whole_whatever_their_size(engine: Engine, case: Case) -> No
 
 
 async def logprobs_are_true(engine: Engine, case: Case) -> None:
-    """C6: one for each token, at most 0, equal to a re-score within the tolerance."""
+    """C6: one for each token, at most 0, equal to a re-score within the tolerance; not asked for, any up to 0."""
     for prompt in case.prompts:
         output = await _call(engine, (prompt,), case.params)
         for k, (id, logprob) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
@@ -256,10 +282,15 @@ async def logprobs_are_true(engine: Engine, case: Case) -> None:
                 expected = again.logprobs[0]
             if abs(logprob - expected) > case.tolerance:
                 raise _Broken(f"token {k} has log-probability {logprob}, a re-score gives {expected}")
+    output = await _call(engine, case.context, case.params)
+    silent = await _call(engine, case.context, replace(case.params, logprobs=False))
+    if not all(logprob <= 0 for logprob in silent.logprobs):
+        raise _Broken(f"log-probabilities that were not asked for are {silent.logprobs}")
+    _same(output, replace(silent, logprobs=output.logprobs), case, "without log-probabilities")
 
 
 async def concurrent_calls_equal_serial_ones(engine: Engine, case: Case) -> None:
-    """C7, greedy."""
+    """C7: greedy; and where kernels are exact, sampled ones too."""
     contexts: list[Context] = [(prompt[:end],) for prompt in case.prompts for end in (len(prompt), len(prompt) - 1)]
     serial = [await _call(engine, context, case.params) for context in contexts]
     concurrent = [Output() for _ in contexts]
@@ -272,6 +303,21 @@ async def concurrent_calls_equal_serial_ones(engine: Engine, case: Case) -> None
             calls.start_soon(one, i)
     for a, b in zip(serial, concurrent, strict=True):
         _same(a, b, case, "beside others")
+    if case.tolerance > _EXACT:
+        return
+    contexts, params = [case.context] * 4, [replace(case.params, temperature=1.0, seed=seed) for seed in range(4)]
+    serial = [await _call(engine, case.context, p) for p in params]
+    concurrent = [Output() for _ in contexts]
+
+    async def hot(i: int) -> None:
+        concurrent[i] = await _call(engine, contexts[i], params[i])
+
+    async with anyio.create_task_group() as calls:
+        for i in range(len(contexts)):
+            calls.start_soon(hot, i)
+    others = sum(a.token_ids != b.token_ids for a, b in zip(serial, concurrent, strict=True))
+    if others > (len(contexts) // 2 if case.tolerance else 0):
+        raise _Broken(f"{others} of {len(contexts)} calls with seeds sample other tokens beside each other than alone")
 
 
 async def a_closed_stream_is_freed(engine: Engine, case: Case) -> None:
@@ -317,22 +363,39 @@ async def an_overlong_prompt_is_refused(engine: Engine, case: Case) -> None:
     if engine.stats().decode_tokens == before:
         raise _Broken(f"stats().decode_tokens is still {before} a second after a call that sampled")
     before = engine.stats().decode_tokens
-    prompt = case.prompts[0]
-    ids = (prompt * (engine.max_context // len(prompt) + 1))[: engine.max_context + 1]
+    room = engine.max_context
+    ids = (case.prompts[0] * (room // len(case.prompts[0]) + 1))[: room + 1]
+    for size in (room + 1, room):
+        try:
+            await _call(engine, (ids[:size],), case.params)
+        except ContextLengthError:
+            if engine.stats().decode_tokens != before:
+                raise _Broken("tokens were sampled before it was refused") from None
+        else:
+            raise _Broken(f"a prompt of {size} ids was accepted; max_context is {room}, with one to sample")
+    await _idle(engine, "after an overlong prompt")
+    if room <= _FILLED:
+        output = await _call(engine, (ids[: room - 1],), case.params)
+        if len(output.token_ids) != 1 or output.stop is not StopReason.LENGTH:
+            raise _Broken(f"a prompt that leaves one position gave {output.token_ids} and {output.stop!r}")
     try:
-        await _call(engine, (ids,), case.params)
-    except ContextLengthError:
-        if engine.stats().decode_tokens != before:
-            raise _Broken("tokens were sampled before it was refused") from None
-        await _idle(engine, "after an overlong prompt")
+        await _call(engine, (), case.params)
+    except RequestError:
         return
-    raise _Broken(f"a prompt of {len(ids)} ids was accepted; max_context is {engine.max_context}")
+    raise _Broken("an empty context was accepted")
 
 
 async def closing_twice_is_fine_and_use_after_it_fails(engine: Engine, case: Case) -> None:
-    """C10."""
-    await engine.aclose()
-    await engine.aclose()
+    """C10: and a call that runs meanwhile ends, with an `EngineError` if not by itself."""
+    room = engine.max_context - context_positions(case.context)
+    long = replace(case.params, max_tokens=max(1, min(_LONG, room)))
+    async with aclosing(engine.generate(case.context, long)) as chunks:
+        await anext(chunks)
+        await engine.aclose()
+        await engine.aclose()
+        with suppress(EngineError):
+            async for _ in chunks:
+                pass
     try:
         await _call(engine, case.context, case.params)
     except EngineUnavailable:
@@ -360,14 +423,18 @@ async def merge_of_one_branch_is_the_branch(engine: Engine, case: Case) -> None:
     a, b, c = case.prompts[:3]
     plain = await _call(engine, ((*a, *b, *c),), case.params)
     _same(plain, await _call(engine, (a, Merge(((b,),)), c), case.params), case, "as a merge")
+    try:
+        await _call(engine, (a, Merge(((b,), (c,)))), case.params)
+    except RequestError:
+        return
+    raise _Broken("a context that ends with a merge was accepted; no logits follow one")
 
 
 async def order_of_branches_does_not_matter(engine: Engine, case: Case) -> None:
     """M3: beyond rounding."""
     for context in _merges(case):
         one = await _call(engine, context, case.params)
-        turned = tuple(Merge(part.branches[::-1]) if isinstance(part, Merge) else part for part in context)
-        _same(one, await _call(engine, turned, case.params), case, "with the branches turned round")
+        _same(one, await _call(engine, _turned(context), case.params), case, "with the branches turned round")
 
 
 async def merge_is_refused(engine: Engine, case: Case) -> None:
@@ -470,14 +537,23 @@ async def _idle(engine: Engine, when: str) -> None:
         raise _Broken(f"{engine.stats().active} calls still active a second {when}")
 
 
+def _turned(context: Context) -> Context:
+    """With the branches of every merge in reverse order."""
+    return tuple(
+        Merge(tuple(_turned(branch) for branch in part.branches[::-1])) if isinstance(part, Merge) else part
+        for part in context
+    )
+
+
 def _merges(case: Case) -> list[Context]:
-    """Two branches of unequal length; three; one inside another."""
+    """Two branches of unequal length; three; one inside another; two that are alike, and nothing before them."""
     a, b, c = case.prompts[:3]
     pair = Merge(((b,), (c,)))
     return [
         (a, pair, b[:2]),
         (a, Merge(((c[:3],), (b,), (c,))), c[:1]),
         (a, Merge(((b, pair, c[:1]), (c,))), a[:2]),
+        (Merge(((a,), (b,), (b,))), c[:2]),
     ]
 
 
