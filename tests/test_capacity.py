@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from plait.server.keys import ANONYMOUS, Client
 from plait.tasks.vocabulary import TOKENIZER
 from plait.types import Chunk, Context, Merge, SamplingParams
 from server_process import Answered, Ask, answered
-from test_server import ANSWER, QUESTION, ask, gold, serving, slow, until
+from test_server import ANSWER, QUESTION, ask, gold, held, serving, until
 
 WIDE, NARROW = "What is 3 + 4?", "What is 12 + 5?"
 THREADS, TOKENS = 64, 48
@@ -33,9 +34,10 @@ THREADS, TOKENS = 64, 48
 
 @dataclass(slots=True)
 class Heard:
-    """Tokens that an engine has said, in order, by whose they were."""
+    """Tokens that an engine has said, in order, by whose they were; its threads wait until they may speak."""
 
     order: list[str] = field(default_factory=list[str])
+    go: threading.Event = field(default_factory=threading.Event)
 
 
 class Hearing:
@@ -58,6 +60,8 @@ class Hearing:
         first = context[0]
         assert not isinstance(first, Merge)
         who = "wide" if first[: len(WIDE_PROMPT)] == WIDE_PROMPT else "narrow"
+        while len(first) > len(WIDE_PROMPT) and who == "wide" and not self._heard.go.is_set():  # noqa: ASYNC110
+            await anyio.sleep(0.001)
         async with aclosing(self._engine.generate(context, params)) as chunks:
             async for chunk in chunks:
                 self._heard.order += [who] * len(chunk.token_ids)
@@ -112,7 +116,7 @@ def test_one_request_of_64_threads_does_not_starve_64_others(whose: str) -> None
     (alice, first), (bob, second) = new_key("alice"), new_key("bob")
     key = alice if whose == "its own client's" else bob
     model = wide_model()
-    served = Served(model=model, engine_name="scripted", options={"delay_s": 0.001})
+    served = Served(model=model, engine_name="scripted")
     with serving(served, max_threads=4, max_requests=1000, max_tokens=10_000, api_keys=(first, second)) as server:
         replies = [Answered() for _ in range(65)]
 
@@ -123,6 +127,9 @@ def test_one_request_of_64_threads_does_not_starve_64_others(whose: str) -> None
                 await until_true(lambda: admission.num_held + admission.num_waiting >= THREADS)
                 for reply in replies[1:]:
                     clients.start_soon(answered, server.port, chat(NARROW, key), reply)
+                # Before all have come, there is nobody to be starved.
+                await until_true(lambda: admission.num_held + admission.num_waiting >= THREADS + 64)
+                model.heard.go.set()
 
         anyio.run(main)
     assert all(reply.complete and reply.status == 200 for reply in replies)
@@ -216,7 +223,7 @@ async def test_an_engine_with_a_queue_gets_no_more_and_others_do() -> None:
 
 
 async def until_true(true: Callable[[], bool]) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(40):
         while not true():  # noqa: ASYNC110
             await anyio.sleep(0.001)
 
@@ -259,13 +266,16 @@ async def test_the_pressure_of_one_key_is_not_that_of_another() -> None:
 
 
 def test_under_pressure_replies_are_whole_and_say_what_was_declined() -> None:
-    with serving(slow(0.002), max_threads=1, max_requests=50) as server:
+    go = threading.Event()
+    with serving(held(go, threads_only=False), max_threads=1, max_requests=50) as server:
         replies = [Answered() for _ in range(4)]
 
         async def main() -> None:
             async with anyio.create_task_group() as clients:
                 for reply in replies:
                     clients.start_soon(answered, server.port, chat("What is 347 * 526?", ""), reply)
+                await until_true(lambda: server.service.admission.num_requests == 4)
+                go.set()
 
         anyio.run(main)
         assert [reply.status for reply in replies] == [200] * 4
@@ -274,10 +284,17 @@ def test_under_pressure_replies_are_whole_and_say_what_was_declined() -> None:
 
 
 def test_where_forks_are_declined_the_twin_answers_and_the_reply_says_so() -> None:
-    twin = Served(model=gold_model(traces="serial"), engine_name="scripted", options={"delay_s": 0.002})
-    with serving(slow(0.002), twin, max_threads=1, max_requests=50) as server, ThreadPoolExecutor(4) as clients:
+    twin = Served(model=gold_model(traces="serial"), engine_name="scripted")
+    go = threading.Event()
+    with (
+        serving(held(go, threads_only=False), twin, max_threads=1, max_requests=50) as server,
+        ThreadPoolExecutor(4) as clients,
+    ):
         body = ask(QUESTION, model="gold-multiverse")
-        replies = list(clients.map(lambda _: server.post("/v1/chat/completions", body).json(), range(4)))
+        coming = clients.map(lambda _: server.post("/v1/chat/completions", body).json(), range(4))
+        until(lambda: server.service.admission.num_requests == 4)
+        go.set()
+        replies = list(coming)
         assert [reply["choices"][0]["message"]["content"] for reply in replies] == [ANSWER] * 4
         assert {reply["model"] for reply in replies} == {"gold-multiverse"}
         declined = [reply for reply in replies if "forks_declined" in reply["plait"]]

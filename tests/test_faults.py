@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -39,6 +41,8 @@ class Plan:
     fault: Callable[[SamplingParams], Any] | None = None
     threads: int = 0
     struck: bool = False
+    stalled: int = 0
+    """How often a call fell silent."""
 
     def arm(self, phase: str, fault: Callable[[SamplingParams], Any]) -> None:
         self.phase, self.fault, self.threads, self.struck = phase, fault, 0, False
@@ -79,6 +83,7 @@ class Faulty:
                     self._plan.struck = True
                     wrong = self._plan.fault(params)
                     if wrong is STALL:
+                        self._plan.stalled += 1
                         await anyio.sleep_forever()
                     if wrong is END:
                         return
@@ -151,8 +156,12 @@ FAULTS: dict[str, tuple[Callable[[SamplingParams], Any], int, set[str]]] = {
 def server() -> Iterator[tuple[Running, Plan]]:
     gold, plan = gold_model(), Plan()
     model = FaultyModel(**{f.name: getattr(gold, f.name) for f in fields(gold)}, plan=plan)
-    with serving(Served(model=model, engine_name="scripted"), engine_timeout_s=0.4) as running:
-        yield running, plan
+    # An hour of silence passes at once, so that a busy machine is not taken for a silent engine.
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * plan.stalled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plait.server.admission.time", clock)
+        with serving(Served(model=model, engine_name="scripted"), engine_timeout_s=1800) as running:
+            yield running, plan
 
 
 ENDPOINTS: dict[str, dict[str, Any]] = {
