@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,6 +22,7 @@ from plait.cli import main
 from plait.errors import RequestError
 from plait.server import ServeConfig, as_toml, new_key, resolve
 from plait.server.keys import Keyring
+from plait.server.logs import NAME, configure
 from plait.server.refusal import Refusal
 
 SERVE = [sys.executable, "-m", "plait", "serve", "--engine", "scripted"]
@@ -107,10 +110,31 @@ def test_new_key_prints_a_key_and_its_entry() -> None:
 def test_a_port_that_is_taken_is_a_message() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        result = subprocess.run([*SERVE, "--port", port], capture_output=True, text=True, env=ENV, timeout=30)
+        result = subprocess.run([*SERVE, "--port", port], capture_output=True, text=True, env=ENV, timeout=50)
     assert result.returncode == 1
     assert "address already in use" in result.stderr
+    assert "--port" in json.loads(result.stderr.splitlines()[-1])["event"]
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_log_is_for_people_on_a_terminal_and_json_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+    loggers = [logging.getLogger(name) for name in (NAME, "uvicorn.error", "asyncio")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    try:
+        configure("auto")
+        loggers[0].info("listening")
+    finally:
+        for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+            logger.handlers[:], logger.propagate = handlers, propagate
+            logger.setLevel(level)
+    assert shown.getvalue().startswith("{") != terminal
+    assert "listening" in shown.getvalue()
 
 
 def test_a_server_starts_answers_and_ends_on_sigterm() -> None:
@@ -121,10 +145,10 @@ def test_a_server_starts_answers_and_ends_on_sigterm() -> None:
             started = json.loads(process.stderr.readline())
             assert (started["event"], started["models"]) == ("listening", ["gold-multiverse", "gold-sequential"])
             body = {"messages": [{"role": "user", "content": "What is 347 * 526?"}]}
-            reply = httpx2.post(f"{started['address']}/v1/chat/completions", json=body, timeout=20)
+            reply = httpx2.post(f"{started['address']}/v1/chat/completions", json=body, timeout=40, trust_env=False)
             assert reply.json()["choices"][0]["message"]["content"] == "182522"
             process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
+            assert process.wait(40) == 0
             logged = [json.loads(line) for line in process.stderr]
         finally:
             process.kill()

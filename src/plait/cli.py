@@ -418,7 +418,7 @@ SIGTERM lets running requests end; a second one does not.
 @click.option("--max-threads", type=int, metavar="N", help="Threads that sample at once; default: what fits.")
 @click.option("--max-requests", type=int, metavar="N", help="Requests at once, waiting ones too; default 256.")
 @click.option("--drain-s", type=float, metavar="S", help="For what runs, after SIGTERM; default 30.")
-@click.option("--log", metavar="KIND", help="json, plain or off.")
+@click.option("--log", metavar="KIND", help="json, plain or off; default: plain on a terminal.")
 @click.option("--config", type=click.Path(dir_okay=False), metavar="FILE", help="Settings as TOML.")
 @click.option("--print-config", is_flag=True, help="Print what all settings come to, and stop.")
 @click.option("--new-key", metavar="NAME", help="Print a fresh API key and its entry, and stop.")

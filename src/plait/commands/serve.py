@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from plait.commands.choosing import Choice, choose, choose_twin
 from plait.engines import is_address
 from plait.models import twin_name
 from plait.server import Process, ServeConfig, Served, as_toml, create_app, new_key, resolve
-from plait.server.logs import configure
+from plait.server.logs import NAME, configure
 
 
 def serve(flags: Mapping[str, Any], *, config: str | None = None, print_config: bool = False) -> int:
@@ -38,7 +39,8 @@ def serve(flags: Mapping[str, Any], *, config: str | None = None, print_config: 
     try:
         process.run()
     except SystemExit:
-        # The address is taken, which is said already.
+        # Why is said already.
+        logging.getLogger(NAME).error("not listening; `--port N` takes another port, 0 any that is free")
         return 1
     return 0
 

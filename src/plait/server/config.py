@@ -18,7 +18,7 @@ from plait.settings import assignment, fitted, kind_of, one_of, read_toml
 from plait.types import Budget
 
 PREFIX = "PLAIT_"
-LOGS = ("json", "plain", "off")
+LOGS = ("auto", "json", "plain", "off")
 REASONING = ("both", "reasoning", "reasoning_content")
 
 
@@ -82,8 +82,8 @@ class ServeConfig:
     """Where a request does not say; 0 is greedy."""
     reasoning: str = "both"
     """Which fields carry the reasoning: `reasoning`, `reasoning_content` or both."""
-    log: str = "json"
-    """json, plain or off; on standard error, without prompts."""
+    log: str = "auto"
+    """json, plain or off; auto: plain on a terminal, else json. On standard error, without prompts."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:

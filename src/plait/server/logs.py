@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from typing import Any
 
@@ -14,8 +15,10 @@ def configure(kind: str) -> None:
     """Send the server's log to standard error.
 
     Args:
-        kind: json, plain or off.
+        kind: json, plain or off; auto: plain where standard error is a terminal, else json.
     """
+    if kind == "auto":
+        kind = "plain" if sys.stderr.isatty() else "json"
     handler = logging.NullHandler() if kind == "off" else logging.StreamHandler()
     handler.setFormatter(_Json() if kind == "json" else _Plain())
     # Words of others only where something is wrong; asyncio warns of each write to a client that has just left.
