@@ -111,8 +111,6 @@ class Wrong(ScriptedEngine):
                 return
             case "C9 last" if context_positions(context) == self.max_context - 1:
                 raise ContextLengthError("too long, it thinks")
-            case "C9 empty" if not context:
-                return
             case "M2 end" if context and isinstance(context[-1], Merge):
                 return
             case "C10":
@@ -135,7 +133,7 @@ def _outermost(part: tuple[int, ...] | Merge) -> tuple[int, ...] | Merge:
 
 WRONG = (
     *("C1", "C1 seeds", "C2", "C2 runs", "C3", "C4", "C4 first", "C4 prompt", "C4 limit", "C4 banned"),
-    *("C4 first banned", "C6", "C6 sign", "C6 silent", "C7 seeds", "C8", "C9", "C9 brim", "C9 last", "C9 empty"),
+    *("C4 first banned", "C6", "C6 sign", "C6 silent", "C7 seeds", "C8", "C9", "C9 brim", "C9 last"),
     *("C10", "C10 running", "M0", "M2", "M2 end", "M3 inside"),
 )
 
