@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ pytest.importorskip("h11", reason="needs the http extra")
 
 import h11
 
+import clocks
 from fake_servers import FakeVllm
 from plait.engines.http import HttpEngine, Timeouts
 from plait.engines.http.base import Call, Json
@@ -38,8 +39,8 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 
 
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=[clocks.ASYNCIO, clocks.TRIO], ids=lambda backend: backend[0])
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
@@ -58,13 +59,13 @@ class Said:
     """A server that answers each request with the next of the given writes, and counts its connections.
 
     Args:
-        answers: What is written for each request, in turn; a pause between two writes. One that ends in None is
-            followed by a close.
+        answers: What is written for each request, in turn; between two writes, what has to hold before it goes on.
+            One that ends in None is followed by a close.
     """
 
-    def __init__(self, *answers: list[bytes | None]) -> None:
+    def __init__(self, *answers: list[bytes | Callable[[], object] | None]) -> None:
         self.answers = list(answers)
-        self.connections = 0
+        self.connections = self.num_asked = self.num_closed = 0
         self.url = ""
 
     @asynccontextmanager
@@ -84,17 +85,27 @@ class Said:
                     asked = b""
                     while b"\r\n\r\n" not in asked:
                         asked += await stream.receive()
+                    self.num_asked += 1
                     for data in self.answers.pop(0):
-                        if data is None:
-                            return
-                        await stream.send(data)
-                        await anyio.sleep(0.01)
+                        if callable(data):
+                            await eventually(data)
+                        elif data is not None:
+                            await stream.send(data)
+                    if data is None:
+                        break
                 except (anyio.EndOfStream, anyio.BrokenResourceError):
                     return
-            await anyio.sleep_forever()
+            else:
+                await anyio.sleep_forever()
+        self.num_closed += 1
 
 
-async def parts(pool: Pool, url: str, seconds: float = 5.0, into: list[bytes] | None = None) -> list[bytes]:
+async def eventually(holds: Callable[[], object]) -> None:
+    while not holds():  # noqa: ASYNC110 - what it looks at has no event to wait for
+        await anyio.sleep(0.001)
+
+
+async def parts(pool: Pool, url: str, seconds: float = 40.0, into: list[bytes] | None = None) -> list[bytes]:
     found: list[bytes] = [] if into is None else into
     async with pool.answer("GET", url, {}, None, Wait(seconds, "nothing came")) as answer:
         while part := await answer.part():
@@ -104,7 +115,7 @@ async def parts(pool: Pool, url: str, seconds: float = 5.0, into: list[bytes] | 
 
 @asynccontextmanager
 async def pooled(server: Said) -> AsyncIterator[Pool]:
-    pool = Pool(connect_s=5, secure=False)
+    pool = Pool(connect_s=40, secure=False)
     async with server.serve():
         try:
             yield pool
@@ -116,9 +127,11 @@ async def pooled(server: Said) -> AsyncIterator[Pool]:
 
 
 async def test_chunks_that_arrive_together_are_one_part() -> None:
-    server = Said([CHUNKED + framed(b"a", b"bc"), framed(b"d"), framed(b"e", b"f") + END])
+    found: list[bytes] = []
+    writes = CHUNKED + framed(b"a", b"bc"), framed(b"d"), framed(b"e", b"f") + END
+    server = Said([writes[0], lambda: len(found) == 1, writes[1], lambda: len(found) == 2, writes[2]])
     async with pooled(server) as pool:
-        assert await parts(pool, server.url) == [b"abc", b"d", b"ef"]
+        assert await parts(pool, server.url, into=found) == [b"abc", b"d", b"ef"]
 
 
 @settings(max_examples=25, deadline=None)
@@ -247,11 +260,11 @@ async def test_a_connection_is_used_again_unless_its_server_or_its_reader_ended_
     server = Said([whole], [whole, None], [whole], [closing, None], [CHUNKED + framed(b"a")], [whole])
     async with pooled(server) as pool:
         used: list[int] = []
-        for _ in range(4):
+        for closed in (0, 1, 1, 2):
             assert await parts(pool, server.url) == [b"a"]
             used.append(server.connections)
-            await anyio.sleep(0.03)  # a server that hangs up is noticed before the next call
-        async with pool.answer("GET", server.url, {}, None, Wait(5, "nothing came")) as answer:
+            await eventually(lambda n=closed: server.num_closed == n)
+        async with pool.answer("GET", server.url, {}, None, Wait(40, "nothing came")) as answer:
             assert await answer.part() == b"a"
         assert await parts(pool, server.url) == [b"a"]
         assert used == [1, 1, 2, 2]
@@ -269,16 +282,16 @@ async def test_a_server_that_closes_a_connection_just_when_it_is_used_again_is_a
         assert server.connections == 3, "a new one is no reason to ask again"
 
 
-async def test_connections_that_idled_too_long_are_closed_whoever_calls_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plait.engines.http.wire._IDLE_S", 0.1)
-    server = Said(*[[CHUNKED + framed(b"a"), END] for _ in range(12)])
+async def test_connections_that_idled_too_long_are_closed_whoever_calls_first() -> None:
+    answers = [[CHUNKED + framed(b"a"), lambda n=4 * wave: server.num_asked >= n, END] for wave in (1, 2, 3)]
+    server = Said(*[list(answer) for answer in answers for _ in range(4)])
     async with pooled(server) as pool:
         for _ in range(3):
             async with anyio.create_task_group() as calls:
                 for _ in range(4):
                     calls.start_soon(parts, pool, server.url)
             assert len(pool._open) == 4
-            await anyio.sleep(0.2)
+            await clocks.sleep(6)
         assert server.connections == 12
 
 
@@ -320,15 +333,16 @@ async def test_closing_the_pool_ends_what_reads() -> None:
     server = Said([CHUNKED + framed(b"a")])
     failures: list[EngineError] = []
     async with pooled(server) as pool, anyio.create_task_group() as tasks:
+        found: list[bytes] = []
 
         async def read() -> None:
             try:
-                await parts(pool, server.url)
+                await parts(pool, server.url, into=found)
             except EngineError as exc:
                 failures.append(exc)
 
         tasks.start_soon(read)
-        await anyio.sleep(0.05)
+        await eventually(lambda: found)
         await pool.aclose()
     assert "broke off" in str(failures[0])
 
@@ -433,7 +447,7 @@ async def test_events_before_a_wrong_one_come_first(wrong: bytes, error: type[En
     datas = [b'{"a": 1}', b'{"a": 2}', wrong, b'{"a": 3}']
     server = Said([CHUNKED + framed(*(b"data: %s\n\n" % data for data in datas)) + END])
     client = Client(timeouts=Timeouts(), api_key=None, secure=False)
-    async with server.serve() as url, aclosing(client.events(url, {}, {}, Wait(5, "nothing came"))) as batches:
+    async with server.serve() as url, aclosing(client.events(url, {}, {}, Wait(40, "nothing came"))) as batches:
         assert await anext(batches) == [{"a": 1}, {"a": 2}]
         with pytest.raises(error, match=says):
             await anext(batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -43,8 +44,10 @@ def test_what_a_full_server_refuses_is_told_from_what_fails() -> None:
         assert point.failed == 0
         unknown = anyio.run(lambda: offer(replace(target, model="no-such-model"), 50.0, seconds=0.1))
         assert (unknown.failed, unknown.done_rps) == (unknown.sent, 0.0)
-        url = server.url
-    gone = anyio.run(lambda: offer(replace(target, url=url), 50.0, seconds=0.1))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        gone = anyio.run(lambda: offer(replace(target, url=url), 50.0, seconds=0.1))
     assert gone.failed == gone.sent > 0
 
 
@@ -59,5 +62,9 @@ def test_the_command_prints_a_row_for_each_rate(server: Running) -> None:
 
 def test_a_rate_that_is_none_is_refused() -> None:
     assert CliRunner().invoke(main, ["bench", "load", "--rates", "fast"]).exit_code == 2
+    for url in ("localhost:8000", "http://user:secret@localhost", "http://a:1,http://b:2"):
+        refused = CliRunner().invoke(main, ["bench", "load", "--url", url])
+        assert refused.exit_code == 2
+        assert "secret" not in refused.output
     with pytest.raises(RequestError, match="above 0"):
         anyio.run(lambda: offer(Target(url="http://127.0.0.1:1", questions=QUESTIONS), 0.0, seconds=1))
