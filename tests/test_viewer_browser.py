@@ -497,5 +497,6 @@ def test_a_question_is_asked_and_its_run_shown(browser: Any) -> None:
             "document.querySelector('.question').value = 'unknown'; document.querySelector('form').requestSubmit()"
         )
         wait(browser, "return document.querySelector('.error').textContent.includes('<b>1 + 1</b>')")
+        assert browser.execute_script("return document.querySelector('.waiting')") is None
         browser.get("about:blank")
         browser.get_log("browser")

@@ -74,7 +74,7 @@ class TraceView {
     stat('Time', seconds(run.wall));
     if (usage) {
       stat('Critical path', `${big(usage.critical_path_tokens)} of ${big(usage.sampled_tokens)}`);
-      stat('Threads', usage.threads ? `${usage.threads} in ${count(usage.forks, 'fork')}` : 'none');
+      stat('Threads', usage.threads ? `${big(usage.threads)} in ${count(usage.forks, 'fork')}` : 'none');
       stat('Longest context', big(usage.longest_context_tokens));
       if (usage.reread_tokens) stat('Read again', big(usage.reread_tokens));
     }
