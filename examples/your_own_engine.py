@@ -17,6 +17,7 @@ import anyio
 import anyio.lowlevel
 
 import plait
+from plait.engines.base import check_banned
 from plait.errors import ContextLengthError, EngineUnavailable, UnsupportedJoin
 from plait.formats import CharTokenizer, format_class
 from plait.testing import check_engine
@@ -53,6 +54,7 @@ class NGrams(plait.Engine):
             raise UnsupportedJoin("the n-gram engine has no keys and values to merge")
         if room < 1:
             raise ContextLengthError(f"at most {self.max_context - 1} ids fit")
+        check_banned(params, range(VOCAB_SIZE))
         draws, stop = random.Random(params.seed), None
         self.active += 1
         try:

@@ -27,7 +27,7 @@ from plait.tasks.vocabulary import TOKENIZER
 @dataclass(frozen=True, kw_only=True)
 class Largest:
     name: ClassVar = "largest"
-    about: ClassVar = "1 to 5 rows of 4 to 8 numbers of two digits: What is the largest number of 17,25,22;40,18,11?"
+    about: ClassVar = "1 to 5 rows of 4 to 8 two-digit numbers: What is the largest number of 17,25,22,31;40,18,11,52?"
 
     rows: tuple[int, int] = (1, 5)
     """Fewest and most rows. Fields are knobs: `tasks.family("largest", {"rows": [2, 9]})`."""
@@ -37,7 +37,8 @@ class Largest:
         return self.problem(";".join(",".join(map(str, row)) for row in rows))
 
     def parse(self, text: str) -> tasks.Problem | None:
-        found = re.fullmatch(r"(?:What is the largest number of )?(\d\d(?:[,;]\d\d)*)\?", text.strip())
+        row = r"\d\d(?:,\d\d){3,7}"
+        found = re.fullmatch(rf"(?:What is the largest number of )?({row}(?:;{row}){{,4}})\?", text.strip())
         return self.problem(found[1]) if found else None
 
     def problem(self, rows: str) -> tasks.Problem:

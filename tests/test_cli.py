@@ -64,6 +64,7 @@ def started(*args: str, **more: Any) -> subprocess.Popen[str]:
         "train rl",
         "models",
         "formats",
+        "engines",
         "tasks",
         "validate",
         "convert",
@@ -316,7 +317,7 @@ def test_lists_name_everything(tmp_path: Path) -> None:
         "asyncthink": "message",
     }
     assert [row["name"] for row in json.loads(plait("tasks", "--json").stdout)] == list(tasks.FAMILIES)
-    for command in ("models", "formats", "tasks"):
+    for command in ("models", "formats", "engines", "tasks"):
         assert plait(command).exit_code == 0
     path = write_model(tmp_path / "mine.gguf")
     assert json.loads(plait("models", str(path), "--json").stdout)["format"] == "multiverse"

@@ -22,6 +22,7 @@ from plait.errors import RequestError
 from plait.formats import FORMATS, CharTokenizer, format_class, open_format, text_format
 from plait.models import load_model
 from plait.tasks import family, parse
+from plait.tasks.vocabulary import TOKENIZER, tokenizer_for
 from plait.testing import check_format
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -93,10 +94,10 @@ def test_the_examples_install_as_a_package(install: Install, monkeypatch: pytest
     assert "--set largest.rows=[1, 5]" in plait("tasks", "largest", "--sample", "1").stdout
     assert check_format(FORMATS["todo"], examples=2, mutations=5) == ["F1", "F3", "F4", "F5", "F7", "F8", "F9"]
     assert open_engine("ngrams").max_context == 1024
-    asked = parse("What is the largest number of 17,25,22;40,18;31,12?")
+    asked = parse("What is the largest number of 17,25,22,31;40,18,11,52;31,12,90,44?")
     graded = plait("eval", "--engine", "scripted", "--family", "largest", "-n", "3", "--json")
     assert json.loads(graded.stdout)["accuracy"] == 1.0
-    assert (asked.family, asked.answer, asked.forks) == ("largest", "40", True)
+    assert (asked.family, asked.answer, asked.forks) == ("largest", "90", True)
     assert family("largest", {"rows": [2, 9]}).rows == (2, 9)  # type: ignore[attr-defined]
 
 
@@ -255,7 +256,9 @@ def test_what_a_package_brings_can_be_trained(
     model = load_model(str(out / "model.gguf"))
     assert (model.format_name, model.join, model.families) == ("todo", "concat", ("largest",))
     assert "<Do>" in model.tokenizer.tokens
-    asked = plait("solve", "What is the largest number of 17,25;40,18?", "--model", str(out / "model.gguf"), "--json")
+    asked = plait(
+        "solve", "What is the largest number of 17,25,22,31;40,18,11,52?", "--model", str(out / "model.gguf"), "--json"
+    )
     assert json.loads(asked.stdout)["format"] == "todo"
     other = plait("train", "sft", str(config), "--set", "data.format=tdo", "--dry-run")
     assert "did you mean 'todo'" in other.stderr
@@ -281,6 +284,21 @@ steps = 1
 times = 1
 problems = 1
 """
+
+
+def test_a_vocabulary_is_named_and_takes_in_the_tags_of_a_format(install: Install, tmp_path: Path) -> None:
+    code = "FixedTokenizer(['<bos>', '<eos>', '<Goal>', 'x'], control=['<bos>', '<eos>'], bos='<bos>', eos='<eos>')"
+    (tmp_path / "letters.py").write_text(
+        f"from plait.tokenizer import FixedTokenizer\nown = {code}\n", encoding="utf-8"
+    )
+    install("letters", vocabularies={"letters": "letters:own"})
+    assert tokenizer_for("letters", "sequential").tokens == ("<bos>", "<eos>", "<Goal>", "x")
+    woven = tokenizer_for("letters", "threadweaver")
+    assert woven.tokens[:4] == ("<bos>", "<eos>", "<Goal>", "x")
+    assert set(woven.tokens[4:]) == set(format_class("threadweaver").tags()) == woven.control - {"<bos>", "<eos>"}
+    # A word of its own is none that only the runtime may write: the format refuses the vocabulary.
+    assert tokenizer_for("letters", "multiverse").control_id("<Goal>") is None
+    assert tokenizer_for("compact", "multiverse") is TOKENIZER
 
 
 def test_rewards_advantages_and_dashboards_are_named_too(install: Install, tmp_path: Path) -> None:

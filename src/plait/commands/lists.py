@@ -118,9 +118,9 @@ def engines(name: str | None = None, *, as_json: bool = False) -> int:
 
 
 def _option(parameter: Parameter) -> dict[str, str]:
-    about = {"takes": "anything" if parameter.annotation is parameter.empty else in_words(parameter.annotation)}
-    if parameter.default not in (parameter.empty, None):
-        about["default"] = str(parameter.default)
+    about, default = {"takes": in_words(parameter.annotation)}, parameter.default
+    if default not in (parameter.empty, None):
+        about["default"] = str(default).lower() if isinstance(default, bool) else str(default)
     return about
 
 
