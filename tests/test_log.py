@@ -64,6 +64,9 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(TreeError, match=r"run\.jsonl, line 3"):
         read_log(path)
+    path.write_text("# no log\n")
+    with pytest.raises(TreeError, match=r"line 1: .*is it a log that `plait solve --trace` wrote"):
+        read_log(path)
 
 
 def test_a_log_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def read_log(path: str | os.PathLike[str]) -> list[Event]:
         try:
             events.append(decode(line.decode()))
         except (TreeError, UnicodeDecodeError) as exc:
-            raise TreeError(f"{path}, line {number}: {exc}") from exc
+            hint = "; is it a log that `plait solve --trace` wrote?" if number == 1 else ""
+            raise TreeError(f"{path}, line {number}: {exc}{hint}") from exc
     return events
 
 

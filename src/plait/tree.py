@@ -25,7 +25,11 @@ from plait.types import Context, JoinKind, Merge, StopReason
 
 @dataclass(slots=True, kw_only=True)
 class Segment:
-    """One engine call: what the runtime wrote, then what the engine sampled."""
+    """One engine call: what the runtime wrote, then what the engine sampled. `SegmentStarted` says more of each field.
+
+    Its context is its parent's with the parent's ids, cut to the first `keep` where that is said, then the `joins` as a
+    `Merge` where `join` is merge, then `forced_ids`. What a concat or message join reads stands in `forced_ids`.
+    """
 
     id: str
     parent: str | None = None

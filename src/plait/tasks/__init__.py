@@ -64,7 +64,9 @@ def family(name: str, knobs: Mapping[str, Any] | None = None) -> Family:
         for seed in range(8):
             chosen.sample(random.Random(seed))
     except (TypeError, ValueError, IndexError) as exc:
-        raise RequestError(f"{name} cannot be drawn with {dict(knobs)}: {exc}") from exc
+        given = ", ".join(f"{knob}={value}" for knob, value in knobs.items())
+        usual = ", ".join(f"{knob}={getattr(found, knob)}" for knob in knobs)
+        raise RequestError(f"{name} cannot be drawn with {given} ({exc}); as trained: {usual}") from exc
     return chosen
 
 
