@@ -20,6 +20,7 @@ message (so that it pickles), set `status` and `retryable`. What a model writes 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -166,6 +167,16 @@ def _leaves(exc: BaseException) -> list[BaseException]:
 
 def nearest(given: str, allowed: list[str], what: str) -> RequestError:
     """A `RequestError` for an unknown name: what was given, the nearest valid name, all valid names."""
+    given = without_password(given)
     close = get_close_matches(given, allowed, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return RequestError(f"unknown {what} {given!r}{hint} (known: {', '.join(sorted(allowed))})")
+
+
+def without_password(text: str) -> str:
+    """A name as a message may repeat it: it may be meant as an address.
+
+    >>> without_password("http://user:secret@host:8000"), without_password("best@8")
+    ('***@host:8000', 'best@8')
+    """
+    return re.sub(r"[^\s/@:]*:\S*@", "***@", text)

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 
 from plait.engines import engine_class, is_address
-from plait.errors import PlaitError, RequestError
+from plait.errors import PlaitError, RequestError, without_password
 
 
 def doctor(engine: str, *, kind: str | None = None, model: str | None = None, as_json: bool = False) -> int:
@@ -28,7 +28,9 @@ def doctor(engine: str, *, kind: str | None = None, model: str | None = None, as
         EngineUnavailable: The http extra is not installed.
     """
     if not is_address(engine):
-        raise RequestError(f"{engine!r} is no address; doctor examines servers: --engine http://HOST:PORT")
+        raise RequestError(
+            f"{without_password(engine)!r} is no address; doctor examines servers: --engine http://HOST:PORT"
+        )
     urls = engine_class("http")(engine).urls
     reports = [anyio.run(_examine, url, kind, model) for url in urls]
     if as_json:

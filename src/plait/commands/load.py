@@ -11,6 +11,7 @@ import anyio
 
 from plait.bench import problems
 from plait.bench.load import Point, Target, as_data, offer, table
+from plait.engines.http.engine import base_urls
 from plait.errors import RequestError
 from plait.tasks import FAMILIES
 
@@ -27,14 +28,17 @@ def load(
         rates: Requests a second, separated by commas.
 
     Raises:
-        RequestError: A rate is no number, or a family is not known.
+        RequestError: A rate is no number, the address is none, or a family is not known.
     """
     try:
         numbers = [float(text) for text in rates.split(",") if text.strip()]
     except ValueError as exc:
         raise RequestError(f"--rates is {rates!r}; it must be numbers separated by commas") from exc
+    base, *others = base_urls(url)
+    if others:
+        raise RequestError("--url names several servers; offer to one at a time")
     asked = [problem.question for problem in problems(families or list(FAMILIES), 50, seed=seed)]
-    target = Target(url=url, questions=asked, model=model, api_key=os.environ.get(KEY_VARIABLE))
+    target = Target(url=base, questions=asked, model=model, api_key=os.environ.get(KEY_VARIABLE))
     points = anyio.run(_offers, target, numbers, seconds, seed)
     print(json.dumps(as_data(points)) if as_json else table(points))
     return 0 if any(point.done_rps for point in points) else 1
