@@ -100,7 +100,7 @@ def test_a_file_whose_sum_is_wrong_is_refused(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (None, "not one that Plait trained"),
+        (None, "neither a plait.config nor a vocabulary"),
         ("{", "cannot be read"),
         ("{}", "incomplete"),
         (json.dumps(config(tokenizer={"tokens": []})), "incomplete"),

@@ -20,6 +20,7 @@ _STRING, _ARRAY = 8, 9
 _BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 30: (1, 2)}
 """Weights of one block and its bytes, by tensor type; other types are not checked for size."""
 _NAMES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 30: "BF16"}
+_NAMES |= {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 39: "MXFP4"}
 _MOST = 1 << 24
 """Entries of one table or bytes of one string; more is garbage, not a model."""
 

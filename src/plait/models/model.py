@@ -16,12 +16,13 @@ from typing import Any
 from plait import tasks
 from plait.engines import Engine, is_address, open_engine, options_of
 from plait.engines.scripted import Script
-from plait.errors import ModelError, RequestError, nearest
+from plait.errors import ModelError, RequestError, nearest, without_password
 from plait.formats import FORMATS, BudgetLevels, TrajectoryFormat, open_format
 from plait.models.folder import describe_folder
-from plait.models.header import Header, read_header
+from plait.models.header import read_header
 from plait.tokenizer import FixedTokenizer, Tokenizer, Vocabulary
 from plait.tokenizer.fast import FastTokenizer
+from plait.tokenizer.text import TextTokenizer
 from plait.tree import Tree
 from plait.types import JoinKind, Request
 
@@ -133,7 +134,7 @@ class Model:
         if settings.setdefault("conditioned", self.levels is not None) and self.levels is None and self.script is None:
             raise RequestError(f"{self.name} was not trained to read a budget in its prompt; leave out `conditioned`")
         if self.plain:
-            assert isinstance(self.tokenizer, FastTokenizer)
+            assert isinstance(self.tokenizer, TextTokenizer)
             return Request(prompt_ids=self.tokenizer.prompt_ids(question), **settings)
         problem = tasks.parse(question)
         if self.script is None and self.families and problem.family not in self.families:
@@ -166,8 +167,7 @@ def load_model(name_or_path: str = DEFAULT, *, format: str | None = None) -> Mod
     """Find a model, check its file, read what it says of itself.
 
     Args:
-        name_or_path: One of `NAMES`, the path of a GGUF file that `plait train` wrote, or of a folder as transformers
-            saves it.
+        name_or_path: One of `NAMES`, the path of a GGUF file, or of a folder as transformers saves it.
         format: The format it is wanted in; None takes the one it was trained in. Weights that Plait did not train
             name none, so it must be given.
 
@@ -176,11 +176,7 @@ def load_model(name_or_path: str = DEFAULT, *, format: str | None = None) -> Mod
         ModelError: The file is missing, corrupt, or no model of Plait's.
     """
     path, name = _find(name_or_path)
-    if path.is_dir():
-        model = _folder(path, name, format)
-    else:
-        header = read_header(path)
-        model = _model(path, name, header, _about(path, header))
+    model = (_folder if path.is_dir() else _file)(path, name, format)
     if format is not None and format != model.format_name:
         FORMATS.require(format)
         raise RequestError(
@@ -213,11 +209,9 @@ def _find(name_or_path: str) -> tuple[Path, str]:
         # A run folder holds `model.gguf`: the folder says which.
         return path, path.parent.name if path.stem == "model" and path.parent.name else path.stem
     if path.suffix == ".gguf" or len(path.parts) > 1:
-        raise ModelError(f"there is no model file {path}")
+        raise ModelError(f"there is no model file {without_password(str(path))}")
     unknown = nearest(name_or_path, list(NAMES), "model")
-    raise RequestError(
-        f"{unknown}; or give a path: a GGUF file that `plait train` wrote, or a folder with a transformers checkpoint"
-    )
+    raise RequestError(f"{unknown}; or give a path: a GGUF file, or a folder with a transformers checkpoint")
 
 
 def _folder(path: Path, name: str, format: str | None) -> Model:
@@ -225,13 +219,7 @@ def _folder(path: Path, name: str, format: str | None) -> Model:
     config: Mapping[str, Any] = described["config"]
     about: Mapping[str, Any] | None = described["plait"]
     tokenizer = FastTokenizer.of_folder(path)
-    if about is None:
-        if format is None:
-            raise RequestError(
-                f"{path} does not say which format its weights were trained in; name one with --format "
-                f"(sequential: they do not fork)"
-            )
-        about = {"format": format, "join": open_format(format, tokenizer).join_kind}
+    about = about or _asked_for(path, format, tokenizer)
     try:
         max_context = int(config["max_position_embeddings"])
     except (KeyError, TypeError, ValueError) as exc:
@@ -252,22 +240,18 @@ def _folder(path: Path, name: str, format: str | None) -> Model:
     )
 
 
-def _about(path: Path, header: Header) -> Mapping[str, Any]:
-    text = header.metadata.get("plait.config")
-    if not isinstance(text, str):
+def _file(path: Path, name: str, format: str | None) -> Model:
+    header = read_header(path)
+    said = header.metadata.get("plait.config")
+    if said is None and header.metadata.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
         raise ModelError(
-            f"{path} is a GGUF file, but not one that Plait trained (it has no plait.config): its tokenizer and "
-            "trajectory format are not known. `plait train sft` writes files that are"
+            f"{path} holds neither a plait.config nor a vocabulary: nothing says what its token ids mean. "
+            "`plait train sft` writes files that do, and so does llama.cpp's converter"
         )
     try:
-        return json.loads(text)
-    except ValueError as exc:
-        raise ModelError(f"the plait.config of {path} cannot be read: {exc}; export the model again") from exc
-
-
-def _model(path: Path, name: str, header: Header, about: Mapping[str, Any]) -> Model:
-    try:
-        tokenizer = FixedTokenizer.from_dict(about["tokenizer"])
+        about: Mapping[str, Any] = {} if said is None else json.loads(said)
+        tokenizer = _inside(path) if said is None else FixedTokenizer.from_dict(about["tokenizer"])
+        about = about or _asked_for(path, format, tokenizer)
         architecture = header.metadata["general.architecture"]
         return Model(
             name=name,
@@ -281,9 +265,28 @@ def _model(path: Path, name: str, header: Header, about: Mapping[str, Any]) -> M
             dtype=header.dtype,
             train=about.get("train", {}),
             scores=about.get("scores", {}),
+            plain=said is None,
         )
-    except (KeyError, TypeError, AssertionError) as exc:
-        raise ModelError(f"the plait.config of {path} is incomplete ({exc}); export the model again") from exc
+    except ValueError as exc:
+        raise ModelError(f"the plait.config of {path} cannot be read: {exc}; export the model again") from exc
+    except (KeyError, TypeError, AttributeError, AssertionError) as exc:
+        raise ModelError(f"the header of {path} is incomplete ({exc}); export the model again") from exc
+
+
+def _inside(path: Path) -> Vocabulary:
+    from plait.engines.llamacpp.vocabulary import GgufTokenizer  # loads llama.cpp, which most models can do without
+
+    return GgufTokenizer(path)
+
+
+def _asked_for(path: Path, format: str | None, tokenizer: Tokenizer) -> Mapping[str, Any]:
+    """What Plait's trainer would have written, of weights that it did not make."""
+    if format is None:
+        raise RequestError(
+            f"{path} does not say which format its weights were trained in; name one with --format "
+            f"(sequential: they do not fork)"
+        )
+    return {"format": format, "join": open_format(format, tokenizer).join_kind}
 
 
 def _digest(path: Path) -> str:

@@ -26,6 +26,10 @@ MAX_SEQS = 256
 
 _i32, _u32, _bool, _f32, _ptr, _size = C.c_int32, C.c_uint32, C.c_bool, C.c_float, C.c_void_p, C.c_size_t
 _ERROR_LEVEL = 4
+_NO_VOCABULARY, _SENTENCEPIECE = 0, 1
+_TRUTH, _SPACE_PREFIX = 2, "tokenizer.ggml.add_space_prefix"
+_CONTROL, _USERS = 1 << 3, 1 << 4
+_LONGEST_PIECE = 256
 _LOG = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)
 
 
@@ -35,6 +39,15 @@ class _ModelParams(C.Structure):
         *[(n, _i32) for n in ("n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu")],
         *[(n, _ptr) for n in ("tensor_split", "progress_callback", "progress_data", "kv_overrides")],
         *[(n, _bool) for n in ("vocab_only", "check_tensors", "use_extra_bufts", "no_host", "no_alloc", "load_mtp")],
+    ]
+
+
+class _Override(C.Structure):
+    """A key of a file's header, read as another value; here always a truth value."""
+
+    _fields_ = [
+        *[("kind", _i32), ("key", C.c_char * 128), ("unused", _i32)],
+        *[("value", _bool), ("room", C.c_char * 127)],
     ]
 
 
@@ -82,6 +95,15 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_model_n_swa": (_i32, _ptr),
     "llama_model_get_vocab": (_ptr, _ptr),
     "llama_vocab_n_tokens": (_i32, _ptr),
+    "llama_vocab_type": (_i32, _ptr),
+    "llama_vocab_get_text": (C.c_char_p, _ptr, _i32),
+    "llama_vocab_get_attr": (_i32, _ptr, _i32),
+    "llama_vocab_is_eog": (_bool, _ptr, _i32),
+    "llama_vocab_bos": (_i32, _ptr),
+    "llama_vocab_eos": (_i32, _ptr),
+    "llama_vocab_get_add_bos": (_bool, _ptr),
+    "llama_tokenize": (_i32, _ptr, C.c_char_p, _i32, _ptr, _i32, _bool, _bool),
+    "llama_token_to_piece": (_i32, _ptr, _i32, _ptr, _i32, _i32, _bool),
     "llama_init_from_model": (_ptr, _ptr, _ContextParams),
     "llama_free": (None, _ptr),
     "llama_n_ctx": (_u32, _ptr),
@@ -155,23 +177,125 @@ def layout_fits(model: Any, context: Any) -> bool:
     )
 
 
-class Model:
-    """The weights of one GGUF file."""
+class File:
+    """A GGUF file that llama.cpp has opened."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Load a file.
+    def __init__(self, path: str | Path, params: Any = None) -> None:
+        """Open a file.
+
+        Args:
+            params: A `_ModelParams`; by default llama.cpp's.
 
         Raises:
-            ModelError: It is missing, not readable, not a GGUF, cut off, or of a kind that cannot be merged.
+            ModelError: It is missing, not readable, not a GGUF, or cut off.
             EngineUnavailable: llama.cpp is not installed in the right version.
         """
         path = Path(path)
         _check_header(path)
         self._lib = library()
         _errors.clear()
-        self._handle = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
+        params = params or self._lib.llama_model_default_params()
+        self._handle = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
             raise ModelError(f"llama.cpp cannot load {path}{_last_error()}")
+
+    @property
+    def handle(self) -> Any:
+        assert self._handle, "the model is closed"
+        return self._handle
+
+    def meta(self, key: str) -> str | None:
+        """A string of the file's header, None if it has no such key."""
+        size = self._lib.llama_model_meta_val_str(self.handle, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = C.create_string_buffer(size + 1)
+        self._lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, size + 1)
+        return buffer.value.decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Free the weights; again is fine."""
+        if self._handle:
+            self._lib.llama_model_free(self._handle)
+            self._handle = None
+
+
+class Vocabulary(File):
+    """The vocabulary of one GGUF file; its weights are not read.
+
+    Raises:
+        ModelError: As of every file; or it has none.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        params = library().llama_model_default_params()
+        params.vocab_only = True
+        # What is to be written follows something, mostly: nothing is put before it unasked.
+        overrides = (_Override * 2)(_Override(kind=_TRUTH, key=_SPACE_PREFIX.encode(), value=False))
+        params.kv_overrides = C.cast(overrides, _ptr)
+        super().__init__(path, params)
+        self._vocab = self._lib.llama_model_get_vocab(self._handle)
+        kind = self._lib.llama_vocab_type(self._vocab)
+        if kind == _NO_VOCABULARY:
+            self.close()
+            raise ModelError(f"{path} holds no vocabulary")
+        self.space_prefix = self.meta(_SPACE_PREFIX) == "true" if self.meta(_SPACE_PREFIX) else kind == _SENTENCEPIECE
+        """Whether a text begins with a space that nobody wrote."""
+
+    def __len__(self) -> int:
+        return self._lib.llama_vocab_n_tokens(self._vocab)
+
+    def text(self, id: int) -> str:
+        """A token as the vocabulary spells it."""
+        return self._lib.llama_vocab_get_text(self._vocab, id).decode("utf-8", "replace")
+
+    def piece(self, id: int) -> bytes:
+        """What a token adds to a text; of a character's bytes, perhaps not all."""
+        buffer = C.create_string_buffer(_LONGEST_PIECE)
+        size = self._lib.llama_token_to_piece(self._vocab, id, buffer, _LONGEST_PIECE, 0, True)
+        if size < 0:
+            buffer = C.create_string_buffer(-size)
+            size = self._lib.llama_token_to_piece(self._vocab, id, buffer, -size, 0, True)
+        return buffer.raw[:size]
+
+    def is_control(self, id: int) -> bool:
+        """Whether a token is for control, and never read in a text."""
+        return bool(self._lib.llama_vocab_get_attr(self._vocab, id) & _CONTROL)
+
+    def is_users(self, id: int) -> bool:
+        """Whether a token was added by users of the vocabulary, and is read wherever its text stands."""
+        return bool(self._lib.llama_vocab_get_attr(self._vocab, id) & _USERS)
+
+    def ends(self) -> list[int]:
+        """Tokens that end a text, the main one first."""
+        main = self._lib.llama_vocab_eos(self._vocab)
+        others = [id for id in range(len(self)) if id != main and self._lib.llama_vocab_is_eog(self._vocab, id)]
+        return [main, *others] if main >= 0 else others
+
+    def opening(self) -> list[int]:
+        """Tokens that begin every text."""
+        bos = self._lib.llama_vocab_bos(self._vocab)
+        return [bos] if bos >= 0 and self._lib.llama_vocab_get_add_bos(self._vocab) else []
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text. Nothing is put before it."""
+        data = text.encode("utf-8", "surrogatepass")
+        ids = np.empty(len(data) + 1, np.int32)
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), ids.ctypes.data, len(ids), False, False)
+        return ids[:count].tolist()
+
+
+class Model(File):
+    """The weights of one GGUF file."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Load a file.
+
+        Raises:
+            ModelError: It is missing, not readable, not a GGUF, cut off, or of a kind that cannot be continued.
+            EngineUnavailable: llama.cpp is not installed in the right version.
+        """
+        super().__init__(path)
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._handle))
         self.trained_context: int = self._lib.llama_model_n_ctx_train(self._handle)
         unfit = self._unfit()
@@ -194,20 +318,6 @@ class Model:
             return "is no causal language model: it embeds, translates or fills in, and cannot continue a text"
         return None
 
-    @property
-    def handle(self) -> Any:
-        assert self._handle, "the model is closed"
-        return self._handle
-
-    def meta(self, key: str) -> str | None:
-        """A string of the file's header, None if it has no such key."""
-        size = self._lib.llama_model_meta_val_str(self.handle, key.encode(), None, 0)
-        if size < 0:
-            return None
-        buffer = C.create_string_buffer(size + 1)
-        self._lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, size + 1)
-        return buffer.value.decode("utf-8", "replace")
-
     def load_lora(self, path: str | Path) -> Any:
         """A LoRA adapter for these weights; freed with them.
 
@@ -221,12 +331,6 @@ class Model:
         if not adapter:
             raise ModelError(f"llama.cpp cannot load {path} as a LoRA adapter of these weights{_last_error()}")
         return adapter
-
-    def close(self) -> None:
-        """Free the weights; again is fine."""
-        if self._handle:
-            self._lib.llama_model_free(self._handle)
-            self._handle = None
 
 
 def _check_header(path: Path) -> None:
