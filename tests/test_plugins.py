@@ -190,6 +190,14 @@ def test_two_packages_with_one_name_are_both_named(install: Install) -> None:
         format_class("woven")
 
 
+def test_lost_and_torn_metadata_are_said(install: Install, tmp_path: Path) -> None:
+    install("lost", formats={"half": "woven:Half"})
+    (tmp_path / "lost-1.0.dist-info" / "METADATA").unlink()
+    assert "mend or uninstall woven:Half" in listed("formats")["half"]["error"]
+    (tmp_path / "lost-1.0.dist-info" / "entry_points.txt").write_text("[plait.engines]\ntorn", encoding="utf-8")
+    assert "an installed package has an entry_points.txt that cannot be read" in plait("engines").stderr
+
+
 def test_an_unknown_name_is_held_against_those_of_packages_too(install: Install) -> None:
     install("woven", formats={"woven": "woven:Woven"}, engines={"slow": "woven:Slow"}, tasks={"halves": "woven:Half"})
     with pytest.raises(RequestError, match="unknown format 'wowen'; did you mean 'woven'"):

@@ -45,7 +45,7 @@ class Registry(Collection[str], Generic[T]):
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.own or any(one == name for one in self)
+        return name in (*self.own,) or any(one == name for one in self)
 
     def require(self, name: str) -> None:
         """Refuse a name that nothing has.
@@ -142,8 +142,14 @@ def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     """Of what is installed on this path, by name. Reading every package's metadata takes milliseconds: done once."""
     from importlib.metadata import entry_points
 
-    return tuple(sorted(entry_points(group=group), key=lambda entry: (entry.name, _source(entry))))
+    try:
+        return tuple(sorted(entry_points(group=group), key=lambda entry: (entry.name, _source(entry))))
+    except Exception as exc:
+        fault = f"{type(exc).__name__}: {exc}"
+        raise RequestError(f"an installed package has an entry_points.txt that cannot be read: {fault}") from exc
 
 
 def _source(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+    # A package whose metadata is lost has no name.
+    about = entry.dist.metadata if entry.dist else {}
+    return f"{about['Name']} {about['Version']}" if "Name" in about else entry.value

@@ -247,17 +247,22 @@ def completed(
     """
     parts = {name: value for name, value in data.items() if value is not None}
     for name, value in (base if "base" in parts else {}).items():
-        parts[name] = {**value, **parts.get(name, {})} if isinstance(value, Mapping) else parts.get(name, value)
+        parts[name] = _over(value, parts[name]) if name in parts else value
     for name, value in (defaults or {}).items():
         if name in parts:
-            parts[name] = {**value, **parts[name]}
+            parts[name] = _over(value, parts[name])
     if "model" in parts:
-        data = {"vocabulary": "compact", "format": "sequential", **parts.get("data", {})}
+        data = _over({"vocabulary": "compact", "format": "sequential"}, parts.get("data", {}))
         # What is not known is refused when the section is built.
-        if data["vocabulary"] in TOKENIZERS and data["format"] in FORMATS:
+        if isinstance(data, Mapping) and data["vocabulary"] in TOKENIZERS and data["format"] in FORMATS:
             size = len(tokenizer_for(data["vocabulary"], data["format"]).tokens)
-            parts["model"] = {"vocab_size": size, **parts["model"]}
+            parts["model"] = _over({"vocab_size": size}, parts["model"])
     return parts
+
+
+def _over(defaults: Any, given: Any) -> Any:
+    """What is given, and of a section what it leaves open."""
+    return {**defaults, **given} if isinstance(defaults, Mapping) and isinstance(given, Mapping) else given
 
 
 def to_toml(config: Any) -> str:
