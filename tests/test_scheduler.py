@@ -9,10 +9,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import plait
 from plait.engines.calls import Call, Delivery, num_common
 from plait.engines.scheduler import Scheduler
 from plait.engines.worker import Worker
@@ -208,6 +210,33 @@ def test_a_job_that_fails_takes_no_other_with_it(caplog: pytest.LogCaptureFixtur
     worker.add(good)
     assert good.done.wait(10)
     assert "given up" in caplog.text
+
+
+def test_an_engine_of_another_event_loop_is_refused_and_can_be_closed() -> None:
+    engine = plait.load_model().open_engine("llamacpp", threads=1)
+    anyio.run(engine.__aenter__)
+
+    async def use_and_close() -> None:
+        with anyio.fail_after(10), pytest.raises(EngineUnavailable, match="another event loop"):
+            await anext(engine.generate(((1, 2),), SamplingParams(max_tokens=1)))
+        with anyio.fail_after(10):
+            await engine.aclose()
+
+    anyio.run(use_and_close)
+
+
+def test_what_many_calls_are_told_of_one_bug_does_not_grow() -> None:
+    async def depths() -> list[int]:
+        depths: list[int] = []
+        async with plait.load_model().open_engine("llamacpp", threads=1) as engine:
+            engine._scheduler._work = lambda: 1 / 0  # type: ignore[attr-defined]
+            for _ in range(3):
+                with pytest.raises(EngineError, match="please report: ZeroDivisionError") as info:
+                    await anext(engine.generate(((1, 2),), SamplingParams(max_tokens=1)))
+                depths.append(len(info.traceback))
+        return depths
+
+    assert len(set(anyio.run(depths))) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

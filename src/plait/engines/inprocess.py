@@ -74,6 +74,8 @@ class InProcessEngine:
         self._stopped = anyio.Event()
         self._closed = False
         self._process = os.getpid()
+        self._loop: object = None
+        """The event loop that it was opened in, where deliveries go."""
         self._ended = EngineStats()
         """What was counted until it was closed."""
 
@@ -91,12 +93,15 @@ class InProcessEngine:
     def _check_unopened(self) -> None:
         if self._closed or self._scheduler is not None:
             raise EngineUnavailable(f"the {self.name} engine is opened once; make another one")
+        self._loop = anyio.lowlevel.current_token()
 
     def _check_open(self) -> Any:
         if self._process != os.getpid():
             raise EngineUnavailable(f"the {self.name} engine was made in another process; make one in this")
         if self._scheduler is None or self._closed:
             raise EngineUnavailable(f"the {self.name} engine is closed" if self._closed else "open the engine first")
+        if self._loop != anyio.lowlevel.current_token():
+            raise EngineUnavailable(f"the {self.name} engine was opened in another event loop; make one in this")
         return self._scheduler
 
     async def __aexit__(self, *exc: object) -> None:
@@ -112,6 +117,8 @@ class InProcessEngine:
             return  # its thread, which frees it, is in the process that opened it
         if first:
             self._scheduler.put(("close", None))
+        if self._loop != anyio.lowlevel.current_token():
+            return  # its thread frees it, and tells a loop that may be over
         with anyio.CancelScope(shield=True):
             await self._stopped.wait()
         self._ended = replace(self.stats(), active=0, queued=0, cached_tokens=0)
@@ -171,7 +178,8 @@ class InProcessEngine:
             while True:
                 await mailbox.arrived.wait()
                 if mailbox.error is not None:
-                    raise mailbox.error
+                    # One of its own: what all calls raised would gather the tracebacks and notes of all of them.
+                    raise type(mailbox.error)(*mailbox.error.args) from mailbox.error.__cause__
                 if np.isnan(sum(mailbox.logprobs)):
                     raise EngineError(f"the model of the {self.name} engine gave NaN")
                 chunk = Chunk(token_ids=tuple(mailbox.ids), logprobs=tuple(mailbox.logprobs), stop=mailbox.stop)

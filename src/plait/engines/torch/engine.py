@@ -191,8 +191,8 @@ class TorchEngine(InProcessEngine):
         scheduler.put(("load", NewWeights(weights, done)))
         with anyio.CancelScope(shield=True):
             await over.wait()
-        if errors[0] is not None:
-            raise errors[0]
+        if (error := errors[0]) is not None:
+            raise type(error)(*error.args) from error.__cause__  # others may be told of the same one
 
     def _call(self, number: int, parts: tuple[Part, ...], params: SamplingParams, mailbox: Mailbox) -> Call:
         tail = parts[-1]
