@@ -121,8 +121,13 @@ def test_an_engine_runs_the_weights_that_are_named(install: Install) -> None:
         assert solved.exit_code == 0, solved.stderr
     refused = plait("solve", "What is 34 * 27?", "--engine", "slow", "--engine-option", "minutes=long")
     assert "minutes of the slow engine is 'long'; it must be a whole number" in refused.stderr
+    refused = plait("solve", "What is 34 * 27?", "--engine", "slow", "--engine-option", "cellz=9")
+    assert "the slow engine does not take these options: " in refused.stderr
     said = plait("engines", "slow").stdout
-    assert "--engine-option minutes=0" in said
+    assert said.splitlines()[1:] == [
+        "--engine-option minutes=0                a whole number",
+        "--engine-option NAME                     anything",
+    ]
 
 
 def test_what_this_process_adds_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

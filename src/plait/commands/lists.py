@@ -97,7 +97,10 @@ def engines(name: str | None = None, *, as_json: bool = False) -> int:
         EngineUnavailable: A library it needs is not installed.
     """
     if name is not None:
-        options = {option: _option(parameter) for option, parameter in options_of(name).items()}
+        options = {
+            "NAME" if parameter.kind is parameter.VAR_KEYWORD else option: _option(parameter)
+            for option, parameter in options_of(name).items()
+        }
         if as_json:
             print(json.dumps({"name": name, "options": options}))
             return 0

@@ -79,7 +79,12 @@ def open_engine(name: str, **options: Any) -> Engine:
         named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if named and parameter.default is parameter.empty and option not in options:
             raise RequestError(f"the {name} engine needs {option}")
-    return cls(**options)
+    try:
+        return cls(**options)
+    except TypeError as exc:
+        if not anything:
+            raise
+        raise RequestError(f"the {name} engine does not take these options: {exc}") from exc
 
 
 __all__ = ["ENGINES", "Engine", "EngineStats", "engine_class", "is_address", "open_engine", "options_of"]
