@@ -198,5 +198,5 @@ async def test_a_stop_among_guesses_ends_the_call_there(gguf: Path) -> None:
 
 def test_a_number_out_of_range_is_refused(gguf: Path) -> None:
     for speculate in (-1, 65):
-        with pytest.raises(RequestError, match=r"speculate is (-1|65); it must be from 0 to 64"):
+        with pytest.raises(RequestError, match=r"speculate is (-1|65); it must be a number from 0 to 64"):
             exact(gguf, speculate=speculate)
