@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from plait.cli import main
 from plait.errors import RequestError
 from plait.server import ServeConfig, as_toml, new_key, resolve
 from plait.server.keys import Keyring
-from plait.server.logs import NAME, configure
+from plait.server.logs import LEVELS, NAME, configure
 from plait.server.refusal import Refusal
 
 SERVE = [sys.executable, "-m", "plait", "serve", "--engine", "scripted"]
@@ -124,17 +126,37 @@ def test_the_log_is_for_people_on_a_terminal_and_json_elsewhere(
     shown = io.StringIO()
     monkeypatch.setattr(shown, "isatty", lambda: terminal)
     monkeypatch.setattr(sys, "stderr", shown)
-    loggers = [logging.getLogger(name) for name in (NAME, "uvicorn.error", "asyncio")]
+    with configured("auto"):
+        logging.getLogger(NAME).info("listening")
+    assert shown.getvalue().startswith("{") != terminal
+    assert "listening" in shown.getvalue()
+
+
+@contextmanager
+def configured(kind: str) -> Iterator[None]:
+    """The server's log, as long as the block lasts."""
+    loggers = [logging.getLogger(name) for name in LEVELS]
     before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     try:
-        configure("auto")
-        loggers[0].info("listening")
+        configure(kind)
+        yield
     finally:
         for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
             logger.handlers[:], logger.propagate = handlers, propagate
             logger.setLevel(level)
-    assert shown.getvalue().startswith("{") != terminal
-    assert "listening" in shown.getvalue()
+
+
+def test_what_engines_warn_of_is_part_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("json", "off"):
+        with configured(kind):
+            logging.getLogger("plait.engines.http").warning("%s is left out", "http://a:1")
+            logging.getLogger("plait").error("an engine failed")
+            logging.getLogger("plait.engines.http").info("not said")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["level"], line["event"]) for line in lines] == [
+        ("warning", "http://a:1 is left out"),
+        ("error", "an engine failed"),
+    ]
 
 
 def test_a_server_starts_answers_and_ends_on_sigterm() -> None:

@@ -284,6 +284,16 @@ def test_every_config_in_the_repository_is_valid(name):
     assert max(length for _, length in config.data.buckets) <= config.model.max_positions
 
 
+def test_no_speed_is_said_before_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of each shape compiles, and counts for none."""
+    monkeypatch.setattr(Lines.__init__, "__defaults__", (0.0,))
+    _, lines = run(config_from(TINY), tmp_path, stop_after_steps=8)
+    said = [line for line in lines if "step" in line and "loss" in line]
+    assert len(said) == 8
+    assert ("tokens/s" in said[0], "left" in said[0], "nan" in "".join(said)) == (False, False, False)
+    assert ("tokens/s" in said[-1], "left" in said[-1], " 0 tokens/s" in "".join(said)) == (True, True, False)
+
+
 def test_progress_is_a_line_now_and_then():
     lines: list[str] = []
     every = Lines(lines.append, every_s=0)

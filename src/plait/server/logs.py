@@ -9,6 +9,9 @@ import time
 from typing import Any
 
 NAME = "plait.server"
+LEVELS = {NAME: logging.INFO, "plait": logging.WARNING, "uvicorn.error": logging.WARNING, "asyncio": logging.ERROR}
+"""What is logged. Words of others, engines among them, only where something is wrong; asyncio warns of each write to a
+client that has just left."""
 
 
 def configure(kind: str) -> None:
@@ -21,8 +24,7 @@ def configure(kind: str) -> None:
         kind = "plain" if sys.stderr.isatty() else "json"
     handler = logging.NullHandler() if kind == "off" else logging.StreamHandler()
     handler.setFormatter(_Json() if kind == "json" else _Plain())
-    # Words of others only where something is wrong; asyncio warns of each write to a client that has just left.
-    for name, level in ((NAME, logging.INFO), ("uvicorn.error", logging.WARNING), ("asyncio", logging.ERROR)):
+    for name, level in LEVELS.items():
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False

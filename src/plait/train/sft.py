@@ -163,11 +163,8 @@ class _Run:
         seconds = speed.seconds_left(done, self.config.schedule, p)
         left = f"  left {seconds / 60:.1f} min" if seconds == seconds else ""
         longer = f"  {self.stream.seen['longer']} left out" if self.stream.seen["longer"] else ""
-        return (
-            f"step {p.step}  loss {p.loss:.4f}  {speed.tokens_per_s:,.0f} tokens/s  fill {speed.fill:.0%}"
-            f"  data {speed.data_share:.0%}  {p.tokens / 1e6:.2f}M tokens  {p.problems:,} problems"
-            f"{left}{longer}"
-        )
+        told = f"{p.tokens / 1e6:.2f}M tokens  {p.problems:,} problems"
+        return f"step {p.step}  loss {p.loss:.4f}{speed}  {told}{left}{longer}"
 
     def _evaluate(self) -> None:
         """Teacher-forced scores, then true decoding by whoever asked for it."""
@@ -249,7 +246,7 @@ def _source(config: SFTConfig, learner: Learner) -> Source:
 
 
 class _Speed:
-    """Rates over the last fifty steps."""
+    """Rates over the last fifty steps; as text nothing while there is none."""
 
     def __init__(self) -> None:
         self._shapes: set[tuple[int, ...]] = set()
@@ -264,6 +261,11 @@ class _Speed:
         tokens, slots = (sum(n) for n in zip(*((b.num_tokens, b.token_ids.size) for b in batches), strict=True))
         self._recent = [*self._recent[-49:], (tokens, slots, took, data)]
         return False
+
+    def __str__(self) -> str:
+        if not self._recent:
+            return ""
+        return f"  {self.tokens_per_s:,.0f} tokens/s  fill {self.fill:.0%}  data {self.data_share:.0%}"
 
     def _sum(self, at: int) -> float:
         return sum(r[at] for r in self._recent)
