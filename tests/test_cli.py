@@ -96,6 +96,8 @@ def test_help_fits_a_screen(command: str) -> None:
         (["eval", *GOLD, "--against", "best@8"], "those of long_multiplication, product, expression, bundle, control"),
         (["eval", *GOLD, "--against", "pass@2", "--temperature", "0"], "needs samples that differ"),
         (["eval", *GOLD, "--temperature", "0.5"], "methods that sample"),
+        (["eval", *GOLD, "--twin", "plait-tiny-sequential"], "add --compare"),
+        (["solve", QUESTION, *GOLD, "--twin", "plait-tiny-sequential"], "add --compare"),
         (["tasks", "bundel"], "did you mean 'bundle'"),
         (["tasks", "product", "--set", "product.factor=3"], "did you mean 'factors'"),
         (["tasks", "product", "--set", "factors=3"], "use FAMILY.KNOB=VALUE"),

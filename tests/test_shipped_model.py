@@ -8,10 +8,12 @@ from itertools import islice
 
 import anyio
 import pytest
+from click.testing import CliRunner
 
 import plait
 from plait import tasks
 from plait.bench import Record, evaluate
+from plait.cli import main
 
 FLOORS = {
     "long_multiplication": 0.9,
@@ -68,3 +70,9 @@ def test_without_threads_in_the_budget_the_model_still_ends() -> None:
     tree = anyio.run(main)
     assert tree.num_forks == 0
     assert tree.stop in (plait.StopReason.EOS, plait.StopReason.BUDGET)
+
+
+def test_without_an_answer_for_lack_of_threads_the_twin_is_named() -> None:
+    done = CliRunner().invoke(main, ["solve", "What is 347 * 526?", "--max-threads", "0"])
+    assert "no answer" in done.stdout
+    assert "--model plait-tiny-sequential" in done.stdout

@@ -71,7 +71,10 @@ def evaluation(options: Options) -> int:
         flag = "--against" if options.against else "--compare"
         raise RequestError(f"{flag} measures wall time one problem at a time: leave out --concurrency")
     choice = choose(options.model, engine=options.engine, options=overrides(options.engine_options))
-    twin = choose_twin(choice, options.twin) if any(method.of == "twin" for method in methods) else None
+    needed = any(method.of == "twin" for method in methods)
+    if options.twin is not None and not needed:
+        raise RequestError("--twin names what the model is compared with: add --compare, or --against sequential")
+    twin = choose_twin(choice, options.twin) if needed else None
     families = _families(options.families, choice)
     for wanted in methods:
         refuse_misfits(wanted, choice.model, families)

@@ -21,6 +21,7 @@ from plait.errors import LogError, RequestError
 from plait.events import Event
 from plait.formats.base import TrajectoryFormat
 from plait.log import RunLog
+from plait.models import NAMES, Model, twin_name
 from plait.session import open_run
 from plait.tasks import Problem
 from plait.terminal.plain import PlainView
@@ -85,6 +86,8 @@ def solve(question: str, options: Options) -> int:
     problem = understand(question, choice.model)
     if choice.model.plain and options.check:
         raise RequestError("an answer in plain words cannot be graded: leave out --check")
+    if options.twin is not None and not options.compare:
+        raise RequestError("--twin names what --compare runs beside the model: add --compare")
     twin = choose_twin(choice, options.twin) if options.compare else None
     return anyio.run(_Solve(problem, choice, twin, options).main)
 
@@ -332,11 +335,21 @@ class _Solve:
         given = self._given(side, result.tree)
         if given is None:
             note = f" ({result.tree.note})" if result.tree.note else ""
-            return [f"no answer: the run ended with {result.tree.stop}{note}"]
+            return [f"no answer: the run ended with {result.tree.stop}{note}", *self._declined(side.model, result.tree)]
         if not self.options.check:
             return [f"answer: {given}"]
         right = tasks.grade(self.problem, side.model.text(result.tree))
         return [f"answer: {given} ({'right' if right else f'wrong, it is {self.problem.answer}'})"]
+
+    def _declined(self, model: Model, tree: Tree) -> list[str]:
+        """What to do where forks were declined, and the weights never learned to go on without."""
+        if self.options.budget.max_threads == Budget().max_threads or tree.num_threads:
+            return []
+        if model.join == "none" or model.levels is not None or model.script is not None:
+            return []
+        twin = twin_name(model)
+        instead = f"; its twin was, in one line: --model {twin}" if twin in NAMES else ""
+        return [f"{model.name} was not trained to answer without its threads{instead}"]
 
     def _code(self, side: _Side, result: _Result) -> int:
         text = side.model.text(result.tree)
