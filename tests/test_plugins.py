@@ -47,6 +47,13 @@ class Half:
     name, paper, join_kind = "half", "-", "concat"
     def parse(self, sampled_ids, depth): ...
 
+class Untagged(Woven):
+    name = "half"
+    def tags(self): ...
+
+class Joined(Woven):
+    name, join_kind = "half", "glue"
+
 def function(): ...
 """
 
@@ -156,6 +163,8 @@ def test_what_this_process_adds_is_known_by_name(monkeypatch: pytest.MonkeyPatch
         ("woven:Wove", "cannot be imported: AttributeError: module 'woven' has no attribute 'Wove'"),
         ("woven:function", "is of type function; it must be a class with the methods of plait.formats.base.Traj"),
         ("woven:Half", "lacks stop_ids, eos_ids, begin, opening, "),
+        ("woven:Untagged", "is of no use: TypeError: Untagged.tags() missing 1 required positional argument: 'self'"),
+        ("woven:Joined", "is of no use: RequestError: unknown join_kind 'glue' (known: concat, merge, message, none)"),
         ("woven:Woven", "calls itself 'woven'; both names must be the same"),
     ],
 )
@@ -177,6 +186,20 @@ def test_a_broken_package_is_named_and_stops_nothing_else(
     assert plait("solve", "What is 34 * 27?", "--engine", "scripted", "--format", "woven", "--check").exit_code == 0
     unknown = plait("solve", "Who wrote Faust?", "--engine", "scripted")
     assert "the family 'half' of torn-out 1.0" in unknown.stderr
+
+
+def test_a_family_that_needs_knobs_is_listed_as_broken(install: Install, tmp_path: Path) -> None:
+    code = (
+        (EXAMPLES / "your_own_task.py")
+        .read_text(encoding="utf-8")
+        .replace("rows: tuple[int, int] = (1, 5)", "rows: int")
+    )
+    (tmp_path / "needy.py").write_text(code, encoding="utf-8")
+    install("needy", tasks={"largest": "needy:Largest"})
+    error = "is of no use: TypeError: Largest.__init__() missing 1 required keyword-only argument: 'rows'"
+    assert error in listed("tasks")["largest"]["error"]
+    with pytest.raises(RequestError, match="mend or uninstall needy 1.0"):
+        parse("What is the largest number of 17,25,22,31?")
 
 
 def test_a_name_of_plait_s_own_stays_its_own(install: Install) -> None:

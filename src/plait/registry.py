@@ -7,7 +7,7 @@ and installed packages are not looked at while names of Plait's own are used. Kn
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -29,13 +29,21 @@ class Registry(Collection[str], Generic[T]):
         own: Plait's, by name: the thing itself or `module:name`.
         of: What a thing has to be: an instance of this; where it is a protocol, a class with its methods.
         needs: What such a class must have besides.
+        check: Raises where it is of no use in another way.
     """
 
     def __init__(
-        self, group: str, what: str, own: Mapping[str, T | str], *, of: Any, needs: tuple[str, ...] = ()
+        self,
+        group: str,
+        what: str,
+        own: Mapping[str, T | str],
+        *,
+        of: Any,
+        needs: tuple[str, ...] = (),
+        check: Callable[[Any], object] | None = None,
     ) -> None:
         self.group, self.what, self.own = group, what, own
-        self._of, self._needs = of, needs
+        self._of, self._needs, self._check = of, needs, check
         self._added: dict[str, T] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -134,7 +142,14 @@ class Registry(Collection[str], Generic[T]):
         if lacks := [one for one in (*self._needs, *methods) if not hasattr(found, one)]:
             return f"lacks {', '.join(lacks)}, which {contract} asks for"
         own = getattr(found, "name", name)
-        return f"calls itself {own!r}; both names must be the same" if isinstance(own, str) and own != name else ""
+        if isinstance(own, str) and own != name:
+            return f"calls itself {own!r}; both names must be the same"
+        try:
+            if self._check is not None:
+                self._check(found)
+        except Exception as exc:
+            return f"is of no use: {type(exc).__name__}: {exc}"
+        return ""
 
 
 @lru_cache(maxsize=32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from plait.formats.base import (
     Await,
@@ -24,7 +24,17 @@ from plait.formats.base import (
 from plait.formats.render import render, trajectory_of
 from plait.formats.text import CharTokenizer
 from plait.registry import Registry
+from plait.settings import one_of
 from plait.tokenizer import Tokenizer
+from plait.types import JoinKind
+
+
+def _check(cls: type[Any]) -> None:
+    """What is asked of a class before there is a vocabulary to open it over."""
+    one_of(cls.join_kind, get_args(JoinKind), "join_kind")
+    if not all(isinstance(tag, str) for tag in cls.tags()):
+        raise TypeError(f"tags() gives {cls.tags()!r}; it must be texts")
+
 
 FORMATS: Registry[type[Any]] = Registry(
     "plait.formats",
@@ -43,6 +53,7 @@ FORMATS: Registry[type[Any]] = Registry(
     },
     of=TrajectoryFormat,
     needs=("name", "paper", "join_kind"),
+    check=_check,
 )
 
 

@@ -33,6 +33,7 @@ TASKS: Registry[Callable[..., Family]] = Registry(
     {name: type(family) for name, family in (FAMILIES | RESEARCH).items()},
     of=Family,
     needs=("name", "about", "__dataclass_fields__"),
+    check=lambda cls: cls(),
 )
 """The classes of all families: these, and those of installed packages."""
 
