@@ -267,7 +267,7 @@ def _file(path: Path, name: str, format: str | None) -> Model:
             scores=about.get("scores", {}),
             plain=said is None,
         )
-    except ValueError as exc:
+    except json.JSONDecodeError as exc:
         raise ModelError(f"the plait.config of {path} cannot be read: {exc}; export the model again") from exc
     except (KeyError, TypeError, AttributeError, AssertionError) as exc:
         raise ModelError(f"the header of {path} is incomplete ({exc}); export the model again") from exc

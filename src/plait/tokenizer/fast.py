@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from plait.errors import EngineUnavailable, ModelError, RequestError
 from plait.tokenizer import parts
-from plait.tokenizer.text import INSTALL, TextTokenizer
+from plait.tokenizer.text import TextTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+INSTALL = "pip install 'plait[torch]'"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """What a chat template may write by name."""
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from plait.errors import EngineUnavailable, ModelError, RequestError
 
-INSTALL = "pip install 'plait[torch]'"
-
 
 class TextTokenizer:
     """Base of the tokenizers that come with models.
@@ -132,7 +130,7 @@ class TextTokenizer:
         try:
             from plait.tokenizer.chat import render
         except ImportError as exc:
-            raise EngineUnavailable(f"filling in a chat template needs jinja2: {INSTALL}") from exc
+            raise EngineUnavailable("filling in a chat template needs jinja2: pip install jinja2") from exc
         try:
             return render(self._template or "", messages, self._named)
         except Exception as exc:  # a template is a program, and may fail in any way
