@@ -11,7 +11,7 @@ import anyio
 import pytest
 from click.testing import CliRunner
 
-from plait.bench.load import Target, offer
+from plait.bench.load import Target, offer, table
 from plait.cli import main
 from plait.errors import RequestError
 from test_server import QUESTION, Running, gold, serving, slow
@@ -44,11 +44,14 @@ def test_what_a_full_server_refuses_is_told_from_what_fails() -> None:
         assert point.failed == 0
         unknown = anyio.run(lambda: offer(replace(target, model="no-such-model"), 50.0, seconds=0.1))
         assert (unknown.failed, unknown.done_rps) == (unknown.sent, 0.0)
+        ((why, count),) = unknown.failures.items()
+        assert (why.startswith("unknown model 'no-such-model'"), count) == (True, unknown.failed)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         gone = anyio.run(lambda: offer(replace(target, url=url), 50.0, seconds=0.1))
-    assert gone.failed == gone.sent > 0
+    assert gone.failed == gone.sent == sum(gone.failures.values()) > 0
+    assert table([gone]).splitlines()[-1] == f"{gone.failed} failed: {next(iter(gone.failures))}"
 
 
 def test_the_command_prints_a_row_for_each_rate(server: Running) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,6 +40,8 @@ class Outcome:
     threads: int = 0
     declined: bool = False
     """Forks were declined for load."""
+    error: str = ""
+    """Why there is no whole answer, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,8 @@ class Point:
     """429 and 503: asked to come back."""
     failed: int
     """Everything else that is no whole answer."""
+    failures: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Why, and how often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +128,19 @@ async def _ask(http: httpx2.AsyncClient, target: Target, question: str, outcome:
             if reply.status_code == 200:
                 async for line in reply.aiter_lines():
                     _read(line, outcome, lambda: anyio.current_time() - started)
-    except httpx2.HTTPError:
-        outcome.ok = False
+            else:
+                outcome.error = _said(await reply.aread()) or f"the server says {reply.status_code}"
+    except httpx2.HTTPError as exc:
+        outcome.ok, outcome.error = False, str(exc) or type(exc).__name__
     outcome.total_s = anyio.current_time() - started
+
+
+def _said(body: bytes) -> str:
+    """The first line of an error as OpenAI writes it; empty where the body is another."""
+    try:
+        return str(json.loads(body)["error"]["message"]).partition("\n")[0][:200]
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _read(line: str, outcome: Outcome, since: Callable[[], float]) -> None:
@@ -137,6 +152,8 @@ def _read(line: str, outcome: Outcome, since: Callable[[], float]) -> None:
         outcome.ok = True
         return
     data = json.loads(text)
+    if "error" in data:
+        outcome.error = _said(text.encode())
     for choice in data.get("choices", ()):
         delta = choice["delta"]
         if not outcome.first_s and any(delta.get(name) for name in ("reasoning", "reasoning_content", "content")):
@@ -151,6 +168,7 @@ def _read(line: str, outcome: Outcome, since: Callable[[], float]) -> None:
 def _point(rate: float, outcomes: Sequence[Outcome], took: float) -> Point:
     done = [o for o in outcomes if o.ok]
     refused = sum(o.status in (429, 503) for o in outcomes)
+    failed = [o for o in outcomes if not o.ok and o.status not in (429, 503)]
     first, total = sorted(o.first_s for o in done), sorted(o.total_s for o in done)
     return Point(
         offered_rps=rate,
@@ -164,7 +182,8 @@ def _point(rate: float, outcomes: Sequence[Outcome], took: float) -> Point:
         fork_rate=sum(o.threads > 0 for o in done) / max(1, len(done)),
         declined_rate=sum(o.declined for o in done) / max(1, len(done)),
         refused=refused,
-        failed=len(outcomes) - len(done) - refused,
+        failed=len(failed),
+        failures=dict(Counter(o.error or "the stream broke off" for o in failed)),
     )
 
 
@@ -191,6 +210,8 @@ def table(points: Sequence[Point]) -> str:
             str(p.failed),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    failures = sum((Counter(p.failures) for p in points), Counter[str]())
+    lines += [f"\n{count} failed: {why}" for why, count in failures.most_common(5)]
     return "\n".join(lines)
 
 
