@@ -17,8 +17,7 @@ import anyio
 import anyio.lowlevel
 
 import plait
-from plait.engines.base import check_banned
-from plait.errors import ContextLengthError, EngineUnavailable, UnsupportedJoin
+from plait.errors import ContextLengthError, EngineUnavailable, RequestError, UnsupportedJoin
 from plait.formats import CharTokenizer, format_class
 from plait.testing import check_engine
 from plait.types import context_merges, context_positions
@@ -54,14 +53,15 @@ class NGrams(plait.Engine):
             raise UnsupportedJoin("the n-gram engine has no keys and values to merge")
         if room < 1:
             raise ContextLengthError(f"at most {self.max_context - 1} ids fit")
-        check_banned(params, range(VOCAB_SIZE))
+        allowed = [id for id in range(VOCAB_SIZE) if id not in params.banned_ids]
+        if not allowed:
+            raise RequestError("all ids are banned; leave one")
         draws, stop = random.Random(params.seed), None
         self.active += 1
         try:
             while stop is None:
                 await anyio.lowlevel.checkpoint()
                 logprobs = self.logprobs(ids)
-                allowed = [id for id in range(VOCAB_SIZE) if id not in params.banned_ids]
                 # Gumbel's trick: at temperature 0 the likeliest id, else one drawn by its probability.
                 gumbel = [-params.temperature * math.log(draws.expovariate(1)) for _ in allowed]
                 _, id = max((logprobs[id] + noise, id) for id, noise in zip(allowed, gumbel, strict=True))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,11 +18,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from plait.cli import main
+from plait.commands.choosing import understand
 from plait.engines import ENGINES, open_engine
 from plait.errors import RequestError
 from plait.formats import FORMATS, CharTokenizer, format_class, open_format, text_format
 from plait.models import load_model
-from plait.tasks import family, parse
+from plait.tasks import TASKS, Problem, family, parse
 from plait.tasks.vocabulary import TOKENIZER, tokenizer_for
 from plait.testing import check_format
 
@@ -137,6 +139,27 @@ def test_an_engine_runs_the_weights_that_are_named(install: Install) -> None:
     ]
 
 
+def test_a_model_s_own_family_is_asked_before_others_of_the_same_notation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TASKS, "_added", {})
+
+    @dataclass(frozen=True)
+    class Sums(TASKS["expression"]):
+        name = "sums"
+
+        def parse(self, text: str) -> Problem | None:
+            return Problem(family="sums", prompt=text, question=text, answer="7", forks=False) if "+" in text else None
+
+    TASKS.add("sums", Sums)
+    assert parse("3 + 4").family == "control"
+    assert parse("3 + 4", ["control", "sums"]).family == "sums"
+    assert parse("3 * 14", ["control", "sums"]).family != "sums"
+    model = replace(load_model(), train={"data": {"mixture": {"sums": 1}}})
+    assert understand("3 + 4", model).family == "sums"
+    assert model.tokenizer.decode(model.request("3 + 4").prompt_ids[1:]) == "3 + 4"
+    with pytest.raises(RequestError, match="unknown family 'sum'; did you mean 'sums'"):
+        understand("3 + 4", replace(model, train={"data": {"mixture": {"sum": 1}}}))
+
+
 def test_what_this_process_adds_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FORMATS, "_added", {})
 
@@ -198,7 +221,7 @@ def test_a_family_that_needs_knobs_is_listed_as_broken(install: Install, tmp_pat
     install("needy", tasks={"largest": "needy:Largest"})
     error = "is of no use: TypeError: Largest.__init__() missing 1 required keyword-only argument: 'rows'"
     assert error in listed("tasks")["largest"]["error"]
-    with pytest.raises(RequestError, match="mend or uninstall needy 1.0"):
+    with pytest.raises(RequestError, match=r"mend or uninstall needy 1\.0"):
         parse("What is the largest number of 17,25,22,31?")
 
 

@@ -101,6 +101,6 @@ def understand(question: str, model: Model) -> Problem:
     if model.plain:
         return Problem(family="text", prompt=question, question=question, answer="", forks=False)
     try:
-        return tasks.parse(question)
+        return tasks.parse(question, model.families)
     except RequestError as exc:
         raise RequestError(f"{exc}\n\n{ELSEWHERE}") from exc

@@ -20,6 +20,7 @@ from plait.errors import ModelError, RequestError, nearest, without_password
 from plait.formats import FORMATS, BudgetLevels, TrajectoryFormat, open_format
 from plait.models.folder import describe_folder
 from plait.models.header import read_header
+from plait.settings import of_type, one_of
 from plait.tokenizer import FixedTokenizer, Tokenizer, Vocabulary
 from plait.tokenizer.fast import FastTokenizer
 from plait.tokenizer.text import TextTokenizer
@@ -131,12 +132,15 @@ class Model:
             RequestError: No family that this model was trained on has such questions; the message says which have. Or
                 the prompt is to say the budget, which these weights were not trained to read.
         """
+        of_type(str, question, name="the question")
+        for name in settings:
+            one_of(name, [other for other in Request.__slots__ if other != "prompt_ids"], "setting of a request")
         if settings.setdefault("conditioned", self.levels is not None) and self.levels is None and self.script is None:
             raise RequestError(f"{self.name} was not trained to read a budget in its prompt; leave out `conditioned`")
         if self.plain:
             assert isinstance(self.tokenizer, TextTokenizer)
             return Request(prompt_ids=self.tokenizer.prompt_ids(question), **settings)
-        problem = tasks.parse(question)
+        problem = tasks.parse(question, self.families)
         if self.script is None and self.families and problem.family not in self.families:
             raise RequestError(
                 f"{self.name} was not trained on {problem.family} problems, only on {', '.join(self.families)}"
@@ -158,7 +162,13 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
 
 
 def response_text(tree: Tree, tokenizer: Tokenizer) -> str:
-    """What the root thread sampled, but for what ends a text: every vocabulary spells that in its own way."""
+    """What the root thread sampled, but for what ends a text: every vocabulary spells that in its own way.
+
+    Raises:
+        RequestError: It is no tree.
+    """
+    if not isinstance(tree, Tree):
+        raise RequestError(f"the tree is {tree!r:.60}; it must be a Tree: `await plait.run(...)` gives one")
     own = (id for s in tree.segments.values() if s.thread == "0" for id in s.sampled_ids)
     return tokenizer.decode([id for id in own if id not in tokenizer.eos_ids])
 
@@ -175,7 +185,9 @@ def load_model(name_or_path: str = DEFAULT, *, format: str | None = None) -> Mod
         RequestError: No model has this name, or it was trained in another format.
         ModelError: The file is missing, corrupt, or no model of Plait's.
     """
-    path, name = _find(name_or_path)
+    of_type(str | Path, name_or_path, name="the model")
+    of_type(str | None, format, name="the format")
+    path, name = _find(str(name_or_path))
     model = (_folder if path.is_dir() else _file)(path, name, format)
     if format is not None and format != model.format_name:
         FORMATS.require(format)

@@ -460,7 +460,7 @@ def _meta(served: Served, request: Request, trace: Trace) -> dict[str, Any]:
     """What a trace's first line says: what the logs of `plait solve` say."""
     model = served.model
     try:
-        problem = tasks.parse(trace.question)
+        problem = tasks.parse(trace.question, model.families)
         asked = {"question": problem.question, "family": problem.family, "prompt": problem.prompt}
     except RequestError:
         asked = {"question": trace.question}

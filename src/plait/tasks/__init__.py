@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -97,12 +97,20 @@ def problems(chosen: str | Family, *, seed: int, split: Split) -> Iterator[Probl
         yield sample(chosen, rng, split)
 
 
-def parse(question: str) -> Problem:
+def parse(question: str, families: Iterable[str] = ()) -> Problem:
     """The problem that a question asks, in plain words or canonical notation.
+
+    Args:
+        question: What is asked.
+        families: Those that the asked model was trained on: of these, what others brought is asked before Plait's own,
+            for it may use the same notation.
 
     Raises:
         RequestError: No family knows it, or it is outside the trained range; the message lists what is known.
     """
+    for name in families:
+        if name not in TASKS.own and (problem := family(name).parse(question)) is not None:
+            return problem
     try:
         text = canonical(question)
         for candidate in _order(text):
