@@ -351,7 +351,7 @@ async def test_closing_some_calls_frees_them_while_others_go_on(gguf: Path) -> N
             for i in range(6):
                 async with aclosing(engine.generate(((i, 1, 2),), SamplingParams(max_tokens=400))) as chunks:
                     await anext(chunks)
-            with anyio.fail_after(1):
+            with anyio.fail_after(40):
                 while engine.stats().active > 1:  # noqa: ASYNC110 - nothing tells
                     await anyio.sleep(0.001)
         with anyio.move_on_after(0):
@@ -441,7 +441,7 @@ async def test_all_engines_of_a_process_compute_in_one_thread_and_it_ends_with_t
     def threads() -> list[threading.Thread]:
         return [t for t in threading.enumerate() if t.name == "plait-engines"]
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(50):
         async with exact(gguf) as one, exact(gguf) as other:
             expected, _, _ = await call(one, (PROMPT,))
             got: list[tuple[int, ...]] = []
@@ -454,7 +454,7 @@ async def test_all_engines_of_a_process_compute_in_one_thread_and_it_ends_with_t
                     tasks.start_soon(ask, engine)
             assert got == [expected] * 4
             (thread,) = threads()
-        thread.join(timeout=5)
+        thread.join(timeout=40)
         assert not thread.is_alive()
         async with exact(gguf) as again:
             assert (await call(again, (PROMPT,)))[0] == expected
@@ -623,7 +623,7 @@ def test_calls_that_crowd_each_other_out_and_are_cut_off_leave_nothing_behind(gg
 
         async with exact(gguf, **options) as engine:
             for _ in range(3):
-                with anyio.fail_after(20):
+                with anyio.fail_after(40):
                     async with anyio.create_task_group() as tasks:
                         for _ in range(rng.randint(1, 6)):
                             context = random_context(rng, rng.choice(pool), rng.randint(0, 2))

@@ -273,10 +273,10 @@ async def test_forgetting_at_any_point_changes_no_token() -> None:
                     await anyio.sleep(0.002)
 
             tasks.start_soon(forget)
-            outs = await side_by_side(engine, contexts, max_tokens=24)
+            while engine.version < 3:  # until it was forgotten while calls ran
+                outs.append(await side_by_side(engine, contexts, max_tokens=24))
             tasks.cancel_scope.cancel()
-        assert outs == expected
-        assert engine.version > 1, "it was forgotten while calls ran"
+        assert outs == [expected] * len(outs)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -297,7 +297,7 @@ async def test_random_programs_in_too_little_memory_give_no_wrong_token(seed: in
             outs[i] = None
 
     async with engine:
-        with anyio.fail_after(30):
+        with anyio.fail_after(50):
             async with anyio.create_task_group() as tasks:
                 for i in range(len(contexts)):
                     tasks.start_soon(one, i)
@@ -341,7 +341,7 @@ async def test_a_cancelled_call_gives_its_blocks_back() -> None:
         for _ in range(5):
             async with aclosing(engine.generate((PROMPT,), SamplingParams(max_tokens=110))) as chunks:
                 await anext(chunks)
-        with anyio.fail_after(5):
+        with anyio.fail_after(40):
             while engine.stats().active:  # noqa: ASYNC110 - nothing tells
                 await anyio.sleep(0.001)
         assert_idle(engine)
@@ -410,12 +410,11 @@ async def test_a_closed_engine_holds_no_weights() -> None:
         await call(engine, (PROMPT,))
         weights = weakref.ref(engine._decoder)
         sampled = engine.stats().decode_tokens
-    for _ in range(50):  # the worker's thread may still be leaving
-        gc.collect()
-        if weights() is None:
-            break
-        await anyio.sleep(0.02)
-    assert weights() is None
+    gc.collect()
+    with anyio.fail_after(40):
+        while weights() is not None:  # noqa: ASYNC110 - the worker's thread may still be leaving
+            await anyio.sleep(0.02)
+            gc.collect()
     assert engine.stats() == replace(engine.stats(), active=0, queued=0, cached_tokens=0, decode_tokens=sampled)
 
 

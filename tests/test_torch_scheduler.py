@@ -109,7 +109,7 @@ async def program(seed: int) -> tuple[int, int]:
             outs[i] = None
 
     async with engine:
-        with anyio.fail_after(30):
+        with anyio.fail_after(50):
             async with anyio.create_task_group() as tasks:
                 for i in range(len(contexts)):
                     tasks.start_soon(one, i)
