@@ -471,22 +471,65 @@ class FakeSglang(FakeServer):
     """SGLang 0.5: each event repeats all tokens unless `incremental`; the model's own eos always ends a call."""
 
     incremental: bool = False
+    deterministic: bool = True
+    """Whether it was started so that seeds count."""
+    died: bool = False
+    SAMPLING = frozenset(
+        ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "skip_special_tokens")
+    ) | {"no_stop_trim", "sampling_seed", "logit_bias", "ignore_eos"}
+    KEPT_FREE = 6
+    """Positions of its context that no prompt may fill."""
 
     def pages(self) -> dict[str, Any]:
-        model = {"id": "tiny", "object": "model", "owned_by": "sglang", "max_model_len": self.max_context}
+        context = self.max_context + self.KEPT_FREE
+        model = {"id": "tiny", "object": "model", "owned_by": "sglang", "max_model_len": context}
         return {
             "/v1/models": {"object": "list", "data": [model]},
-            "/server_info": {"version": "0.5.23", "max_total_num_tokens": 9999, "disable_radix_cache": False},
+            "/server_info": {
+                "version": "0.5.23",
+                "context_length": context,
+                "max_req_input_len": self.max_context,
+                "max_total_num_tokens": 9999,
+                "disable_radix_cache": False,
+                "enable_deterministic_inference": self.deterministic,
+            },
         }
 
     def routes(self) -> tuple[str, ...]:
         return ("/generate",)
 
+    def bad_request(self, message: str) -> dict[str, Any]:
+        return {"error": {"message": message, "type": "invalid_request_error", "code": 400, "retryable": False}}
+
+    async def _connection(self, stream: anyio.abc.ByteStream) -> None:
+        if self.died:
+            await stream.aclose()
+        else:
+            await FakeServer._connection(self, stream)
+
     async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        sampling, ids = body["sampling_params"], body["input_ids"]
-        if sampling["top_k"] != -1 and sampling["top_k"] < 1:
-            raise BadRequest(f"top_k must be -1 (disable) or at least 1, got {sampling['top_k']}.")
-        banned = [int(key) for key, value in (sampling.get("logit_bias") or {}).items() if value == -100]
+        sampling, ids = dict(body["sampling_params"]), body["input_ids"]
+        if unknown := set(sampling) - self.SAMPLING:
+            raise BadRequest(f"Unexpected keyword argument `{min(unknown)}`")
+        late = bool(body.get("stream"))
+        if sampling.get("top_k", -1) != -1 and sampling["top_k"] < 1:
+            raise BadRequest(f"top_k must be -1 (disable) or at least 1, got {sampling['top_k']}.", late=late)
+        bias = sampling.get("logit_bias") or {}
+        if none := [key for key in bias if not 0 <= int(key) < self.vocab_size]:
+            raise BadRequest(f"logit_bias must has keys in [0, {self.vocab_size - 1}], got {none[0]}.", late=late)
+        context = self.max_context + self.KEPT_FREE
+        if len(ids) >= context:
+            what = f"The input ({len(ids)} tokens) is longer than the model's context length ({context} tokens)."
+            raise BadRequest(what, late=late)
+        if len(ids) >= self.max_context:
+            yield self._refusal(len(ids))
+            return
+        if any(not 0 <= id < self.vocab_size for id in ids):
+            self.died = True
+            raise anyio.BrokenResourceError
+        if not self.deterministic:
+            sampling["sampling_seed"] = len(self.seen)
+        banned = [int(key) for key, value in bias.items() if value == -100]
         ends = [] if sampling.get("ignore_eos") else sampling["stop_token_ids"]
         params = params_of(
             sampling, max_tokens="max_new_tokens", seed="sampling_seed", stop_ids=ends, eos=self.own_eos, banned=banned
@@ -511,6 +554,13 @@ class FakeSglang(FakeServer):
                 elif chunk.stop is not None:
                     meta["finish_reason"] = {"type": "stop", "matched": chunk.token_ids[-1]}
                 yield {"text": "", "output_ids": [t[1] for t in triples], "meta_info": meta}
+
+    def _refusal(self, num_ids: int) -> dict[str, Any]:
+        """Counts a token that was never sampled."""
+        why = f"Input length ({num_ids} tokens) exceeds the maximum allowed length ({self.max_context} tokens). "
+        reason = {"type": "abort", "message": why, "status_code": 400, "err_type": "BadRequestError"}
+        meta = {"prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0, "output_token_logprobs": []}
+        return {"output_ids": [0], "meta_info": meta | {"finish_reason": reason}}
 
     def aborting(self, event: dict[str, Any]) -> dict[str, Any]:
         return event | {"meta_info": event["meta_info"] | {"finish_reason": {"type": "abort", "message": "no"}}}

@@ -51,9 +51,12 @@ def held(report: dict) -> dict[str, bool | None]:
 
 
 def test_a_good_vllm_needs_no_change(capsys: pytest.CaptureFixture[str]) -> None:
-    report = examined(FakeVllm(max_context=2000), capsys)
+    # Long enough that the call which is left still runs when its server is asked, however busy the machine.
+    report = examined(FakeVllm(max_context=4000), capsys)
     assert report["advice"] == []
-    assert set(held(report).values()) == {True}
+    checks = held(report)
+    assert checks.pop("logprobs") is None, "a model that finds all tokens alike does so at any temperature"
+    assert set(checks.values()) == {True}
     assert report["server"]["route"] == "/inference/v1/generate"
     fork = report["fork"]
     assert (fork["prefix_tokens"], fork["branches"], fork["first_reused_tokens"]) == (528, 4, 528)
@@ -119,6 +122,31 @@ def test_what_cannot_be_seen_is_not_called_good(capsys: pytest.CaptureFixture[st
     report = examined(FakeCompletions(max_context=40_000), capsys, kind="completions")
     assert "pass max_context" in report["advice"][0]
     assert report["fork"]["first_reused_tokens"] is None
+
+
+@pytest.mark.parametrize(("hot", "holds"), [(-0.9, True), (-0.4, False)])
+def test_logprobs_after_temperature_and_seeds_that_do_not_count_are_seen(
+    hot: float, holds: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(event: dict[str, Any]) -> None:
+        sampling = server.seen[-1].body["sampling_params"]
+        if "logit_bias" not in sampling:
+            event["meta_info"]["output_token_logprobs"][0][:] = [hot if sampling["temperature"] else -0.9, 7, None]
+
+    server = FakeSglang(max_context=2000, deterministic=holds, spoil=spoil)
+    report = examined(server, capsys)
+    assert (held(report)["logprobs"], held(report)["seeds"], report["ok"]) == (holds, holds, holds)
+    said = " ".join(report["advice"])
+    assert ("SGLANG_RETURN_ORIGINAL_LOGPROB" in said, "--enable-deterministic" in said) == (not holds, not holds)
+
+
+def test_a_count_of_calls_that_never_moves_says_nothing_of_cancelling(capsys: pytest.CaptureFixture[str]) -> None:
+    class Idle(FakeVllm):
+        def pages(self) -> dict:
+            return super().pages() | {"/metrics": "vllm:num_requests_running 0\n"}
+
+    with patch("plait.engines.http.diagnosis._CANCEL_S", 0.1):
+        assert held(examined(Idle(max_context=2000), capsys))["cancelling"] is None
 
 
 def test_a_broken_engine_fails(capsys: pytest.CaptureFixture[str]) -> None:

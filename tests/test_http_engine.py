@@ -947,6 +947,33 @@ async def test_a_server_with_another_model_is_refused() -> None:
     with pytest.raises(RequestError, match=f"{VOCAB} token ids"):
         async with opened(FakeLlamaServer(), vocab_size=64):
             pass
+    with pytest.raises(RequestError, match=f"{VOCAB} token ids"):
+        async with opened(FakeSglang(), vocab_size=VOCAB + 1):
+            pass
+    async with opened(FakeSglang(), vocab_size=VOCAB - 1) as engine:
+        assert engine.vocab_size == VOCAB - 1, "weights may have rows for more ids than their vocabulary"
+
+
+@only_on_asyncio
+async def test_an_id_that_would_end_an_sglang_is_not_sent() -> None:
+    server = FakeSglang()
+    async with opened(server) as engine:
+        with pytest.raises(RequestError, match=f"{VOCAB} is not in the vocabulary"):
+            await call(engine, (*PROMPT, VOCAB))
+        assert engine.servers[0].id_limit == VOCAB
+        assert not server.seen
+
+
+@only_on_asyncio
+@pytest.mark.parametrize("ids", [200, 206])
+async def test_a_prompt_that_an_sglang_refuses_is_too_long(ids: int) -> None:
+    server = FakeSglang(max_context=200)
+    async with opened(server) as engine:
+        assert engine.max_context == 200, "what a prompt may fill, and not the whole context"
+        engine.max_context = 300  # as where the server does not say
+        with pytest.raises(ContextLengthError, match=r"maximum allowed length|context length"):
+            await call(engine, tuple(n % VOCAB for n in range(ids)))
+        assert (engine.stats().decode_tokens, len(server.seen)) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ class Dialect(Protocol):
     def read(self, event: Json, num_seen: int) -> Piece:
         """What an event adds to the `num_seen` tokens before it.
 
-        It may fail in any way on an event that has not the documented shape; the engine reports that.
+        It may fail in any way on an event that has not the documented shape; the engine reports that. An error of
+        Plait's is what the server said, and is passed on.
         """
         ...
 

@@ -27,7 +27,7 @@ from plait.settings import within
 
 _TOO_LONG = (
     *("exceed_context_size", "context length", "context size", "maximum context"),
-    *("max_model_len", "maximum model length", "too long"),
+    *("max_model_len", "maximum model length", "maximum allowed length", "too long"),
 )
 """What servers say of a prompt that does not fit; there is no common code for it."""
 _MOST_ERROR_BYTES = 1 << 16
@@ -212,7 +212,7 @@ def _parsed(url: str, data: bytes) -> Json:
     if error := event.get("error"):
         # Some servers send the head of an answer before they look at the call: then its status is in here.
         code = error.get("code") if isinstance(error, dict) else None
-        raise _fault(f"{url} failed while it answered", code if isinstance(code, int) else 500, _message(event))
+        raise fault(f"{url} failed while it answered", code if isinstance(code, int) else 500, _message(event))
     return event
 
 
@@ -231,13 +231,13 @@ def _refusal(url: str, answer: Answer, content: bytes) -> Exception:
         said = _message(_json(content))
     except ValueError:
         said = content.decode("utf-8", "replace").strip()[:200]
-    fault = _fault(f"{url} answered {status}", status, said or answer.head.reason.decode("latin-1"))
-    if isinstance(fault, Busy):
-        fault.retry_after_s = _seconds(answer.header(b"retry-after"))
-    return fault
+    failure = fault(f"{url} answered {status}", status, said or answer.head.reason.decode("latin-1"))
+    if isinstance(failure, Busy):
+        failure.retry_after_s = _seconds(answer.header(b"retry-after"))
+    return failure
 
 
-def _fault(what: str, status: int, said: str) -> Exception:
+def fault(what: str, status: int, said: str) -> Exception:
     """The error that a status means, wherever it was said."""
     text = f"{what}: {said}"
     if status in (429, 503):

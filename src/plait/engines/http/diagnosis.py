@@ -1,6 +1,6 @@
 """Measures what a server makes of forks: is a prefix found again, do calls end where they must, does hanging up help.
 
-Sends twenty to thirty calls, one of them for a whole context, and changes nothing. Knows what to advise for each kind
+Sends twenty to forty calls, one of them for a whole context, and changes nothing. Knows what to advise for each kind
 of server.
 """
 
@@ -11,7 +11,8 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import anyio
 
@@ -30,6 +31,10 @@ _SAMPLED = 16
 """Tokens of a parent before it forks."""
 _HEADER = 2
 _CANCEL_S = 2.0
+_SURE, _UNSURE = 0.3, 2.0
+"""Nats. Between them lies what a temperature of one half moves by more than `_ROUNDED`, unless all tokens are alike."""
+_ROUNDED = 0.1
+"""Nats that rounding may make of a log-probability, with weights of eight bits beside other calls."""
 _ROOM = {
     "llama-server": "With --kv-unified all slots share one context, and when it is full their calls are killed: start "
     "without it, or with a --ctx-size for all threads together.",
@@ -111,6 +116,7 @@ async def diagnose(engine: HttpEngine, *, prefix_tokens: int = 512) -> Diagnosis
         await _bans(engine, ids.fresh(_PROMPT)),
         await _repeats(engine, ids.fresh(_PROMPT)),
         await _seeds(engine, ids.fresh(_PROMPT)),
+        await _logprobs(engine, ids),
         await _cancels(engine, ids.fresh(_PROMPT)),
     ]
     room = engine.max_context - 2 * _SAMPLED - _HEADER
@@ -146,6 +152,7 @@ class _Output:
     ids: list[int]
     stop: StopReason | None = None
     first_s: float = math.nan
+    logprobs: list[float] = field(default_factory=list[float])
 
 
 async def _call(engine: HttpEngine, ids: Sequence[int], params: SamplingParams) -> _Output:
@@ -155,6 +162,7 @@ async def _call(engine: HttpEngine, ids: Sequence[int], params: SamplingParams) 
             if not output.ids:
                 output.first_s = anyio.current_time() - started
             output.ids += chunk.token_ids
+            output.logprobs += chunk.logprobs
             output.stop = chunk.stop
     return output
 
@@ -200,6 +208,8 @@ async def _repeats(engine: HttpEngine, prompt: Sequence[int]) -> Check:
 
 
 async def _seeds(engine: HttpEngine, prompt: Sequence[int]) -> Check:
+    if engine.servers[0].heeds_seeds is False:
+        return Check(name="seeds", holds=False, note="the server was started so that they do not count")
     params = SamplingParams(max_tokens=12, temperature=1.0)
     # Once more than it takes: the first call computes its prompt, the others find it cached, which rounds otherwise.
     same = [tuple((await _call(engine, prompt, replace(params, seed=7))).ids) for _ in range(3)]
@@ -211,20 +221,49 @@ async def _seeds(engine: HttpEngine, prompt: Sequence[int]) -> Check:
     return Check(name="seeds", holds=True)
 
 
+async def _logprobs(engine: HttpEngine, ids: _Ids) -> Check:
+    """Whether they are the model's own: a low temperature changes them where it was applied before."""
+    seen = False
+    for _ in range(_DRAWS):
+        prompt = ids.fresh(_PROMPT)
+        plain = await _call(engine, prompt, SamplingParams(max_tokens=_SAMPLED))
+        sharp = await _call(engine, prompt, SamplingParams(max_tokens=_SAMPLED, temperature=0.5))
+        tokens = zip(plain.ids, sharp.ids, plain.logprobs, sharp.logprobs, strict=False)
+        alike = takewhile(lambda token: token[0] == token[1], tokens)
+        # Where the model is sure, or knows nothing, a temperature changes little.
+        telling = [abs(hot - cold) for _, _, cold, hot in alike if -_UNSURE < cold < -_SURE]
+        if max(telling, default=0.0) > _ROUNDED:
+            return Check(name="logprobs", holds=False, note="they are those after temperature, not the model's own")
+        seen = seen or bool(telling)
+    return Check(name="logprobs", holds=seen or None, note="" if seen else "no token showed a difference")
+
+
 async def _cancels(engine: HttpEngine, prompt: Sequence[int]) -> Check:
     """Hang up on a long call; the server's own gauge tells whether it went on."""
     before = await engine.count_running()
     params = SamplingParams(max_tokens=max(1, engine.max_context - len(prompt) - 1))
     async with aclosing(engine.generate((tuple(prompt),), params)) as chunks:
         await anext(chunks)
+        shown = before is not None and await _shows_more(engine, before)
     if before is None:
         return Check(name="cancelling", holds=None, note="the server publishes no count of running calls")
+    if not shown:
+        return Check(name="cancelling", holds=None, note="the server's count of running calls did not show it")
     started = anyio.current_time()
     while anyio.current_time() - started < _CANCEL_S:
         if (await engine.count_running() or 0.0) <= before:
             return Check(name="cancelling", holds=True, note=f"within {anyio.current_time() - started:.2f} s")
         await anyio.sleep(0.05)
     return Check(name="cancelling", holds=False, note=f"the call still ran {_CANCEL_S:g} s after its client had gone")
+
+
+async def _shows_more(engine: HttpEngine, before: float) -> bool:
+    """Whether a gauge shows a call that runs. Some are set every so many steps only."""
+    with anyio.move_on_after(_CANCEL_S):
+        while (await engine.count_running() or 0.0) <= before:  # noqa: ASYNC110 - another process
+            await anyio.sleep(0.05)
+        return True
+    return False
 
 
 async def _fork(engine: HttpEngine, ids: _Ids, prefix_tokens: int) -> ForkCost:
@@ -310,6 +349,8 @@ def _for_sglang(server: Server, holds: Mapping[str, bool | None], fork: ForkCost
         found.append("The prefix cache is off: start without --disable-radix-cache.")
     if holds.get("seeds") is False:
         found.append("Seeds do not count: start with --enable-deterministic-inference.")
+    if holds.get("logprobs") is False:
+        found.append("Log-probabilities are those after temperature: set SGLANG_RETURN_ORIGINAL_LOGPROB=1 around it.")
     if holds.get("cancelling") is None:
         found.append("Start with --enable-metrics, so that load and cancelling can be seen.")
     return found

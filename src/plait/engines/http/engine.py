@@ -164,15 +164,18 @@ class HttpEngine:
         if len(models) > 1 and self._asked["model"] is None and len({s.vocab_size for s in self.servers}) > 1:
             raise RequestError(f"the servers have different models: {', '.join(models)}. Replicas serve the same one")
         for server in self.servers:
-            if None not in (self.vocab_size, server.vocab_size) and self.vocab_size != server.vocab_size:
+            told = server.vocab_size or server.id_limit
+            if not self.vocab_size or not told:
+                continue
+            if told < self.vocab_size or server.vocab_size not in (None, self.vocab_size):
                 raise RequestError(
-                    f"{server.url} serves {server.model} with {server.vocab_size} token ids; the model that was asked "
+                    f"{server.url} serves {server.model} with {told} token ids; the model that was asked "
                     f"for has {self.vocab_size}. Name the weights that the server runs with --model"
                 )
         told = [n for n in (self._asked_context, *(server.max_context for server in self.servers)) if n]
         self.max_context = min(told, default=UNKNOWN_CONTEXT)
-        sizes = [server.vocab_size for server in self.servers if server.vocab_size]
-        self.vocab_size = self.vocab_size or (sizes[0] if sizes else None)
+        sizes = [size for server in self.servers if (size := server.vocab_size or server.id_limit)]
+        self.vocab_size = self.vocab_size or min(sizes, default=None)
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()

@@ -6,6 +6,7 @@ Asks pages that cost nothing, then samples one token to see that ids come back. 
 from __future__ import annotations
 
 import logging
+import re
 import reprlib
 from collections.abc import Mapping
 from contextlib import aclosing
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 
 import anyio
 
-from plait.engines.http.base import Call, Dialect
+from plait.engines.http.base import MOST_IDS, Call, Dialect
 from plait.engines.http.client import Busy, Client
 from plait.engines.http.completions import Completions
 from plait.engines.http.llama_server import LlamaServer
@@ -46,12 +47,16 @@ class Server:
     max_context: int | None = None
     """Positions of one call; None where it does not say."""
     vocab_size: int | None = None
+    id_limit: int | None = None
+    """Its ids are below it. Weights may have rows for more ids than their vocabulary; None where it does not say."""
     num_slots: int | None = None
     """Sequences it decodes at once; None where it does not say."""
     prefix_caching: bool | None = None
     """None where it does not say."""
     tells_cached_tokens: bool = False
     """Whether an answer says how much of its prompt was cached."""
+    heeds_seeds: bool | None = None
+    """None where it does not say."""
 
 
 async def probe(
@@ -78,6 +83,8 @@ async def probe(
         )
     kind = kind or _kind(url, pages)
     server = _described(url, kind, pages, model)
+    if kind == "sglang":
+        server = replace(server, id_limit=await _id_limit(client, url))
     refusal: EngineProtocolError | None = None
     for dialect in _dialects(kind, pages):
         try:
@@ -171,6 +178,7 @@ def _described(url: str, kind: str, pages: Pages, model: str | None) -> Server:
     context = entry.get("max_model_len") or info.get("context_length")
     if kind == "llama-server":
         context = _dict(props.get("default_generation_settings")).get("n_ctx") or meta.get("n_ctx")
+    told = [_count(url, "context length", context), _count(url, "longest prompt", info.get("max_req_input_len"))]
     cached_off = info.get("disable_radix_cache")
     return Server(
         url=url,
@@ -178,10 +186,11 @@ def _described(url: str, kind: str, pages: Pages, model: str | None) -> Server:
         route="",
         model=model or (names[0] if names else ""),
         version=_dict(pages["version"]).get("version") or info.get("version") or props.get("build_info"),
-        max_context=_count(url, "context length", context),
+        max_context=min((n for n in told if n), default=None),
         vocab_size=_count(url, "vocabulary size", meta.get("n_vocab")),
         num_slots=_count(url, "number of slots", props.get("total_slots") or info.get("max_running_requests")),
         prefix_caching=None if cached_off is None else not cached_off,
+        heeds_seeds=info.get("enable_deterministic_inference"),
     )
 
 
@@ -196,6 +205,20 @@ def _count(url: str, what: str, given: Any) -> int | None:
     if type(given) is not int or given < 0:
         raise EngineProtocolError(f"{url} says that its {what} is {reprlib.repr(given)}; it must be a whole number")
     return given
+
+
+async def _id_limit(client: Client, url: str) -> int | None:
+    """What none of an SGLang's pages says, and what it has to be asked for: an id beyond ends the whole server.
+
+    A call that biases an id which no model has is refused before it is scheduled, and the refusal says which there are.
+    """
+    sampling = {"max_new_tokens": 1, "logit_bias": {str(MOST_IDS - 1): 0.0}}
+    try:
+        await client.post(f"{url}/generate", {"input_ids": list(_TRIAL_IDS), "sampling_params": sampling})
+    except (EngineError, RequestError) as exc:
+        found = re.search(r"keys in \[0, (\d{1,10})\]", str(exc))
+        return int(found[1]) + 1 if found else None
+    return None
 
 
 def _dialects(kind: str, pages: Pages) -> list[Dialect]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import chain
 
 from plait.engines.http.base import MOST_IDS, Call, Dialect, Json, Piece
-from plait.errors import EngineError, EngineProtocolError
+from plait.errors import EngineError, EngineProtocolError, PlaitError
 
 
 class Reader:
@@ -58,7 +58,7 @@ class Reader:
 
         Raises:
             EngineProtocolError: It is not what a server of this kind sends, or a token is not what was asked for.
-            EngineError: The server gave the call up.
+            EngineError, RequestError: The server gave the call up, or refuses it.
         """
         piece = self._read(event)
         self.num_read += len(piece.token_ids)
@@ -73,6 +73,8 @@ class Reader:
     def _read(self, event: Json) -> Piece:
         try:
             return self._dialect.read(event, self.num_read)
+        except PlaitError:
+            raise
         except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
             raise EngineProtocolError(
                 f"an event of {self._dialect.kind} has not the documented shape ({exc!r}): {reprlib.repr(event):.200}"

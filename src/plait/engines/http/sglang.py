@@ -2,7 +2,9 @@
 
 Traps: `ignore_eos` also turns off `stop_token_ids`, so the model's own end-of-sequence always ends a call; a stream
 repeats all earlier tokens in each event unless the server was started to send only new ones; `sampling_seed` counts
-only with `--enable-deterministic-inference`. Facts: SGLang 0.5.23.
+only with `--enable-deterministic-inference`; log-probabilities are those after temperature unless the server's
+environment has `SGLANG_RETURN_ORIGINAL_LOGPROB`; an id that the model does not have ends the whole server; a prompt
+that leaves fewer than seven positions is refused with a token that nobody sampled. Facts: SGLang 0.5.23, run.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from plait.engines.http.base import Call, Finish, Json, Piece, piece, signed_seed
+from plait.engines.http.client import fault
 from plait.errors import EngineProtocolError
 
 
@@ -60,6 +63,9 @@ class Sglang:
         meta = event.get("meta_info")
         if not isinstance(meta, dict):
             raise EngineProtocolError(f"the server sent an event without meta_info; it has {sorted(event)[:8]}")
+        reason = meta.get("finish_reason")
+        if isinstance(reason, dict) and reason.get("type") == "abort" and isinstance(reason.get("status_code"), int):
+            raise fault("the server gave the call up", reason["status_code"], str(reason.get("message"))[:300])
         triples = meta.get("output_token_logprobs") or []
         # All tokens so far, or only the new ones: the count tells, whichever way the server was started.
         num_new = int(meta.get("completion_tokens") or 0) - num_seen
@@ -69,7 +75,7 @@ class Sglang:
         return piece(
             [triple[1] for triple in new],
             [triple[0] for triple in new],
-            finish=_finish(meta.get("finish_reason")),
+            finish=_finish(reason),
             prompt_tokens=meta.get("prompt_tokens"),
             cached_tokens=meta.get("cached_tokens"),
         )
