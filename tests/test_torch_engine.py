@@ -412,7 +412,7 @@ async def test_a_closed_engine_holds_no_weights() -> None:
         sampled = engine.stats().decode_tokens
     gc.collect()
     with anyio.fail_after(40):
-        while weights() is not None:  # noqa: ASYNC110 - the worker's thread may still be leaving
+        while weights() is not None:
             await anyio.sleep(0.02)
             gc.collect()
     assert engine.stats() == replace(engine.stats(), active=0, queued=0, cached_tokens=0, decode_tokens=sampled)
