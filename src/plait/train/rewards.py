@@ -100,8 +100,9 @@ def acceleration(
         readme   c * rho * min(T/L - 1, clip)       up to 0.1, reached at T/L = 1.2
 
     All three rise when threads that do nothing are added beside a long one, for that raises T and not L: see `latency`.
-    T and L leave out the prompt, which the released code counts in. The README says sequential over parallel cost; T/L of
-    the same run is our reading of that. Source: arXiv:2512.07843 eq. 7, and its repository's reward function and README.
+    T and L leave out the prompt, which the released code counts in. The README says sequential over parallel cost; T/L
+    of the same run is our reading of that. Source: arXiv:2512.07843 eq. 7, and its repository's reward function and
+    README.
     """
     if not outcome.correct:
         return 0.0
