@@ -28,7 +28,7 @@ Source: the fork and join of ThreadWeaver (Lian et al. 2025, arXiv:2512.07843).
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
@@ -40,7 +40,7 @@ from anyio.abc import TaskGroup
 from plait.budget import UNLIMITED, Gate, Share, limit
 from plait.channel import Channel
 from plait.engines.base import Engine
-from plait.errors import ContextLengthError, EngineProtocolError, Failures, UnsupportedJoin, boundary
+from plait.errors import ContextLengthError, EngineProtocolError, Failures, RequestError, UnsupportedJoin, boundary
 from plait.events import (
     Event,
     RunEnded,
@@ -52,6 +52,7 @@ from plait.events import (
     TokensSampled,
 )
 from plait.formats.base import Await, Branch, Fork, Join, Malformed, ThreadOutcome, TrajectoryFormat, order
+from plait.settings import of_type
 from plait.tree import Tree
 from plait.types import Context, JoinKind, Request, SamplingParams, StopReason, context_positions
 
@@ -95,11 +96,13 @@ async def open_run(
         meta: Goes into the first event, beside the names of engine and format and the budget.
 
     Raises:
-        RequestError: The budget is to be written into the prompt, and the format has no form for it.
+        RequestError: An argument is of another kind; or the budget is to be written into the prompt, and the format
+            has no form for it.
         UnsupportedJoin: The format joins by merging and the engine cannot; before anything is sampled.
         ContextLengthError: The prompt leaves no room to sample; before anything is sampled.
         EngineError: An engine call failed: the first failure, later ones as its notes.
     """
+    _refuse_strangers(request, engine, format, meta)
     if request.conditioned:
         prompt_ids = format.condition(request.prompt_ids, request.budget)
         request = replace(request, prompt_ids=prompt_ids, conditioned=False)
@@ -687,6 +690,24 @@ class _Program:
                 self.tree.apply(event)
                 self.channel.put_nowait(event)
         self.channel.close()
+
+
+def _refuse_strangers(request: Any, engine: Any, format: Any, meta: Any) -> None:
+    """Say what was likely meant, where an argument is of another kind."""
+    if not isinstance(request, Request):
+        raise RequestError(
+            f"the request is {request!r:.60}; it must be a Request: `model.request(text)` makes one of text"
+        )
+    if isinstance(engine, type) or not all(hasattr(engine, name) for name in ("generate", "max_context", "name")):
+        raise RequestError(
+            f"the engine is {engine!r:.60}; it must be one that is open: `async with model.open_engine() as engine`"
+        )
+    if isinstance(format, type) or not all(hasattr(format, name) for name in ("parse", "join", "join_kind")):
+        raise RequestError(
+            f"the format is {format!r:.60}; it must be a TrajectoryFormat: `model.format`, or `open_format(name, "
+            "tokenizer)`"
+        )
+    of_type(Mapping | None, meta, name="meta")
 
 
 def _refuse_misfits(request: Request, engine: Engine, format: TrajectoryFormat) -> None:

@@ -113,7 +113,7 @@ def of_type(hint: Any, value: Any, *, name: str) -> None:
     choices = [text for kind in hints if get_origin(kind) is Literal for text in get_args(kind)]
     if choices and isinstance(value, str):
         raise nearest(value, choices, name)
-    raise RequestError(f"{name} is {value!r}; it must be {in_words(hint)}")
+    raise RequestError(f"{name} is {value!r:.200}; it must be {in_words(hint)}")
 
 
 def in_words(hint: Any) -> str:

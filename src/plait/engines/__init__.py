@@ -57,13 +57,16 @@ def open_engine(name: str, **options: Any) -> Engine:
     """An engine, not started: use it as an async context manager.
 
     Args:
-        name: One of `ENGINES`.
+        name: One of `ENGINES`, or the address of a server.
         options: Keyword arguments of its class.
 
     Raises:
         RequestError: No engine has this name, it has no such option, or does not take this value for it.
         EngineUnavailable: A library it needs is not installed.
     """
+    of_type(str, name, name="the name of an engine")
+    if is_address(name) and not options.get("urls"):
+        name, options = "http", {"urls": name, **options}
     cls, known = engine_class(name), options_of(name)
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for option, value in options.items():

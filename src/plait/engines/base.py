@@ -70,14 +70,23 @@ class Engine(Protocol):
         await self.aclose()
 
 
-def check_banned(params: SamplingParams, ids: Collection[int]) -> None:
+def check_params(params: SamplingParams, ids: Collection[int] | None) -> None:
     """Hold a call to C4, before it samples.
 
     Args:
-        ids: All that the engine can sample, each once.
+        ids: All that the engine can sample, each once; None where nobody knows.
 
     Raises:
-        RequestError: They are all banned.
+        RequestError: They are all banned, or the parameters are none.
     """
-    if len(params.banned_ids) >= len(ids) and set(ids) <= set(params.banned_ids):
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"the parameters are {params!r:.60}; they must be SamplingParams")
+    if ids is not None and len(params.banned_ids) >= len(ids) and set(ids) <= set(params.banned_ids):
         raise RequestError(f"all {len(ids)} ids that can be sampled are banned; leave one")
+
+
+def no_context(given: object) -> RequestError:
+    """What to say of a context that could not be read."""
+    return RequestError(
+        f"the context is {given!r:.60}; it must be a tuple of runs of token ids, and merges: ((1, 2, 3),) for one run"
+    )

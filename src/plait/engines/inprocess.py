@@ -19,7 +19,7 @@ import anyio.lowlevel
 import numpy as np
 
 from plait.engines.affinity import stated_affinity
-from plait.engines.base import EngineStats, check_banned
+from plait.engines.base import EngineStats, check_params, no_context
 from plait.engines.calls import Call, Delivery, Part, normalise
 from plait.engines.scheduler import Scheduler
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError
@@ -99,7 +99,9 @@ class InProcessEngine:
         if self._process != os.getpid():
             raise EngineUnavailable(f"the {self.name} engine was made in another process; make one in this")
         if self._scheduler is None or self._closed:
-            raise EngineUnavailable(f"the {self.name} engine is closed" if self._closed else "open the engine first")
+            raise EngineUnavailable(
+                f"the {self.name} engine is closed" if self._closed else "open the engine first: `async with engine`"
+            )
         if self._loop != anyio.lowlevel.current_token():
             raise EngineUnavailable(f"the {self.name} engine was opened in another event loop; make one in this")
         return self._scheduler
@@ -168,9 +170,13 @@ class InProcessEngine:
             EngineError: The model gave NaN; seen where log-probabilities are asked for.
         """
         scheduler = self._check_open()
-        check_banned(params, range(self.vocab_size))
+        check_params(params, range(self.vocab_size))
+        try:
+            parts = self._checked(context)
+        except TypeError as exc:
+            raise no_context(context) from exc
         mailbox = Mailbox()
-        call = self._call(next(self._numbers), self._checked(context), params, mailbox)
+        call = self._call(next(self._numbers), parts, params, mailbox)
         stated = stated_affinity()
         call.salt = stated.cache_salt if stated else None
         scheduler.put(("submit", call))

@@ -18,7 +18,7 @@ from zlib import crc32
 import anyio
 import anyio.lowlevel
 
-from plait.engines.base import EngineStats, check_banned
+from plait.engines.base import EngineStats, check_params, no_context
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError, UnsupportedJoin
 from plait.settings import within
 from plait.tree import Tree
@@ -98,12 +98,15 @@ class ScriptedEngine:
         )
 
     async def generate(self, context: Context, params: SamplingParams) -> AsyncGenerator[Chunk, None]:
-        self._check(context)
-        if self._script is None:
-            check_banned(params, self._likely)
+        check_params(params, self._likely if self._script is None else None)
+        try:
+            self._check(context)
+            state = _fold(context, 0) if self._script is None else 0
+        except TypeError as exc:
+            raise no_context(context) from exc
         length = context_positions(context)
         room = min(params.max_tokens, self.max_context - length)
-        tokens = self._tokens(context, params)
+        tokens = self._tokens(context, params, state)
         self._active += 1
         self._prefill += length
         said: list[int] = []
@@ -154,21 +157,20 @@ class ScriptedEngine:
         for _ in range(1 if self._timing is None else self._timing.randrange(4)):
             await anyio.lowlevel.checkpoint()
 
-    def _tokens(self, context: Context, params: SamplingParams) -> Iterator[tuple[int, float] | None]:
+    def _tokens(self, context: Context, params: SamplingParams, state: int) -> Iterator[tuple[int, float] | None]:
         if self._script is None:
-            return self._draw(context, params)
+            return self._draw(state, params)
         if isinstance(self._script, _Replay):
             return self._script.tokens(context)
         return _until_silent(_flat(self._script(context)), context)
 
-    def _draw(self, context: Context, params: SamplingParams) -> Iterator[tuple[int, float]]:
+    def _draw(self, state: int, params: SamplingParams) -> Iterator[tuple[int, float]]:
         weights = self._weights
         if params.banned_ids:
             weights = [0.0 if id in params.banned_ids else weight for id, weight in enumerate(weights)]
         upto = list(accumulate(weights))
         logprobs = [math.log(weight / upto[-1]) if weight else -math.inf for weight in weights]
         seed = crc32(repr(params.seed).encode()) if params.temperature else 0
-        state = _fold(context, 0)
         while True:
             draw = crc32(seed.to_bytes(4, "little"), state) * 2654435761 % _WORD / _WORD
             id = bisect_right(upto, draw * upto[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from plait.errors import RequestError
 from plait.formats.base import (
     Await,
     Block,
@@ -24,7 +25,7 @@ from plait.formats.base import (
 from plait.formats.render import render, trajectory_of
 from plait.formats.text import CharTokenizer
 from plait.registry import Registry
-from plait.settings import one_of
+from plait.settings import of_type, one_of, parameters
 from plait.tokenizer import Tokenizer
 from plait.types import JoinKind
 
@@ -70,9 +71,17 @@ def open_format(name: str, tokenizer: Tokenizer, **options: Any) -> TrajectoryFo
     """A format over a vocabulary.
 
     Raises:
-        RequestError: No format has this name, or the vocabulary lacks a control token it needs.
+        RequestError: No format has this name, it has no such option, or the vocabulary lacks a control token it needs.
     """
-    return format_class(name)(tokenizer, **options)
+    of_type(str, name, name="the name of a format")
+    if not hasattr(tokenizer, "control_id"):
+        raise RequestError(f"the tokenizer is {tokenizer!r:.60}; it must be one with control ids: `model.tokenizer`")
+    made = format_class(name)
+    _, *known = parameters(made).values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+        for option in options:
+            one_of(option, [parameter.name for parameter in known], f"option of the {name} format")
+    return made(tokenizer, **options)
 
 
 def text_format(name: str, **options: Any) -> TrajectoryFormat:

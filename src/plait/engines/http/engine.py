@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 
 import anyio
 
-from plait.engines.base import EngineStats, check_banned
+from plait.engines.base import EngineStats, check_params, no_context
 from plait.engines.http.base import MOST_IDS, Call, Dialect, Json, Piece
 from plait.engines.http.client import Busy, Client, Timeouts
 from plait.engines.http.placement import Place, Placement
@@ -213,9 +213,11 @@ class HttpEngine:
             EngineUnavailable, EngineTimeout, EngineError: The server failed, and may be asked again.
             EngineProtocolError: The server answered what it must not.
         """
-        token_ids = self._checked(context)
-        if self.vocab_size:
-            check_banned(params, range(self.vocab_size))
+        try:
+            token_ids = self._checked(context)
+        except TypeError as exc:
+            raise no_context(context) from exc
+        check_params(params, range(self.vocab_size) if self.vocab_size else None)
         self._queued += 1
         try:
             await self._room.acquire()
@@ -359,7 +361,9 @@ class HttpEngine:
 
     def _checked(self, context: Context) -> tuple[int, ...]:
         if self._client is None or self._closed:
-            raise EngineUnavailable("the HTTP engine is closed" if self._closed else "open the engine first")
+            raise EngineUnavailable(
+                "the HTTP engine is closed" if self._closed else "open the engine first: `async with engine`"
+            )
         if any(True for _ in context_merges(context)):
             raise UnsupportedJoin(
                 f"{self.name} servers take plain token sequences; a context with a merge needs an engine that holds "
