@@ -19,7 +19,7 @@ from plait.types import SamplingParams
 @pytest.mark.parametrize(
     ("engine", "option", "value", "says"),
     [
-        ("llamacpp", "cells", "abc", "cells of the llamacpp engine is 'abc'; it must be a whole number$"),
+        ("llamacpp", "cells", "abc", "cells of the llamacpp engine is 'abc'; it must be a whole number or left out$"),
         ("llamacpp", "threads", "two", "a whole number or left out"),
         ("llamacpp", "threads", True, "threads of the llamacpp engine is True"),
         ("llamacpp", "max_seqs", 3.5, "max_seqs of the llamacpp engine is 3.5"),

@@ -101,7 +101,7 @@ def main() -> None:
     pass
 
 
-_MODEL = click.option("--model", metavar="NAME|PATH", help="Embedded model, or a file or folder of `plait train`.")
+_MODEL = click.option("--model", metavar="NAME|PATH", help="Embedded model, a GGUF file, or a folder of transformers.")
 _ENGINE = click.option(
     "--engine",
     metavar="NAME|URL",

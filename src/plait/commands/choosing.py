@@ -14,8 +14,8 @@ from plait.models.gold import NAME as GOLD
 from plait.tasks import Problem
 
 ELSEWHERE = """To ask other weights: `--model PATH.gguf` runs what `plait train sft` wrote on questions of these kinds.
-`--engine URL` and `--engine torch` run such models elsewhere. A general language model in a folder with a transformers
-checkpoint answers any question: `--engine torch:FOLDER --format sequential`."""
+`--engine URL` and `--engine torch` run such models elsewhere. A general language model answers any question:
+`--engine llamacpp:FILE.gguf --format sequential`, or torch:FOLDER with a transformers checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,10 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_model_free": (None, _ptr),
     "llama_model_meta_val_str": (_i32, _ptr, C.c_char_p, C.c_char_p, _size),
     "llama_model_n_ctx_train": (_i32, _ptr),
+    "llama_model_n_layer": (_i32, _ptr),
+    "llama_model_n_head": (_i32, _ptr),
+    "llama_model_n_head_kv": (_i32, _ptr),
+    "llama_model_n_embd": (_i32, _ptr),
     "llama_model_is_recurrent": (_bool, _ptr),
     "llama_model_is_hybrid": (_bool, _ptr),
     "llama_model_is_diffusion": (_bool, _ptr),
@@ -304,6 +308,14 @@ class Model(File):
             raise ModelError(f"{path} {unfit}")
         self.windowed: bool = self._lib.llama_model_n_swa(self._handle) > 0
         """Whether some layers attend to the latest positions only."""
+
+    def cell_numbers(self) -> int:
+        """Numbers that keys and values of one token are, in all layers; an estimate where layers differ."""
+        lib, handle = self._lib, self._handle
+        usual = lib.llama_model_n_embd(handle) // max(1, lib.llama_model_n_head(handle))
+        about = f"{self.meta('general.architecture')}.attention"
+        sizes = [int(self.meta(f"{about}.{what}_length") or usual) for what in ("key", "value")]
+        return lib.llama_model_n_layer(handle) * lib.llama_model_n_head_kv(handle) * sum(sizes)
 
     def _unfit(self) -> str | None:
         """Why no context of tokens can be continued with it, if so: llama.cpp would abort, or sample nonsense."""

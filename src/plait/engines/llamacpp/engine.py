@@ -23,6 +23,8 @@ from plait.settings import one_of, within
 from plait.types import SamplingParams, context_positions
 
 _MOST_GUESSED = 64
+_FEWEST, _MEMORY = 4096, 2 * 2**30
+"""Cells where nobody says how many: no fewer than these, and no more than fit into so many bytes."""
 _THREAD_CELLS = 256
 """Room for a thread and its share of the contexts it came from, where nothing else is known."""
 _SHORT = 2048
@@ -36,7 +38,8 @@ class LlamaCppEngine(InProcessEngine):
         path: The GGUF file. It needs no tokenizer.
         max_context: Positions of one call; by default what the model was trained for, as far as `cells` allow.
         cells: Tokens held in memory for all calls together, shared prefixes counted once. A fork walks over all of
-            them (a few microseconds a thousand), so no more than needed.
+            them (a few microseconds a thousand), so no more than needed. By default what the model was trained for, as
+            far as 2 GiB hold them, and 4,096 at least.
         max_seqs: Contexts held at once, live and cached; at most 256, and 128 with sliding windows.
         threads: CPU threads of one step, at most 256; all engines of a process take turns in them. By default every
             core for a large model; for a small one a second thread where several rows are computed and it has been
@@ -66,7 +69,7 @@ class LlamaCppEngine(InProcessEngine):
         path: str | Path,
         *,
         max_context: int | None = None,
-        cells: int = 4096,
+        cells: int | None = None,
         max_seqs: int = 32,
         threads: int | None = None,
         cache: Literal["F16", "F32"] = "F16",
@@ -92,8 +95,11 @@ class LlamaCppEngine(InProcessEngine):
         within("speculate", speculate, 0, _MOST_GUESSED)
         if flash_attention and cache == "F32":
             raise RequestError("flash_attention needs cache='F16'")
-        super().__init__(cells=-(-max(cells, 256) // 256) * 256)  # llama.cpp rounds up likewise
         self._model = Model(path)
+        if cells is None:
+            held = _MEMORY // (self._model.cell_numbers() * (4 if cache == "F32" else 2))
+            cells = max(_FEWEST, min(self._model.trained_context + 1, held))
+        super().__init__(cells=-(-max(cells, 256) // 256) * 256)  # llama.cpp rounds up likewise
         self._decoder = WindowedDecoder if self._model.windowed else Decoder
         try:
             within("max_seqs", max_seqs, 2, MAX_SEQS // self._decoder.sequences_each)
