@@ -200,8 +200,9 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 
 def test_a_corrupt_checkpoint_is_a_model_error(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"no weights")
-    with pytest.raises(ModelError, match="not a readable checkpoint"):
+    with pytest.raises(ModelError, match="not a readable checkpoint") as caught:
         run(config_from(TINY), tmp_path)
+    assert "arbitrary code" not in str(caught.value)
     with pytest.raises(ModelError, match=r"there is no checkpoint gone\.pt"):
         run(config_from({**TINY, "init": "gone.pt"}), tmp_path / "other")
 

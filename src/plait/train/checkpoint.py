@@ -50,7 +50,9 @@ def load(path: Path, *, format: str | None = None) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         schema, trained = state["schema"], state["config"]["data"]["format"]
     except Exception as exc:
-        raise ModelError(f"{path} is not a readable checkpoint: {type(exc).__name__}: {exc}") from exc
+        # Not all of it: torch goes on to advise loading the file without its guard against code in it.
+        why = str(exc).partition("\n")[0].partition(". ")[0]
+        raise ModelError(f"{path} is not a readable checkpoint ({type(exc).__name__}: {why})") from exc
     if schema != SCHEMA:
         raise ModelError(f"{path} has checkpoint schema {schema}; this Plait reads {SCHEMA}")
     if format is not None and format != trained:
