@@ -346,7 +346,7 @@ def test_training_without_torch_says_how_to_install_it(
     (tmp_path / "config.toml").touch()
     result = plait("train", name, str(tmp_path / "config.toml"))
     assert result.exit_code == 2
-    assert "pip install 'plait[train]'" in result.stderr
+    assert "pip install '.[train]' in a clone" in result.stderr
 
 
 def test_settings_override_a_config_by_dotted_name() -> None:

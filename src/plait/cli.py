@@ -94,7 +94,8 @@ plait serve                                 OpenAI's API and a page, on http://1
 
 `plait COMMAND --help` has examples of each.
 """),
-    epilog="Exit codes: 0 done, 1 failed, 2 not possible as asked, 130 Ctrl-C, 141 closed pipe.",
+    epilog="Exit codes: 0 done, 1 failed, 2 not possible as asked, 130 Ctrl-C, 141 closed pipe. Extras: "
+    "pip install '.[NAME]' in a clone of Plait.",
 )
 @click.version_option(__version__, "--version", message="plait %(version)s")
 def main() -> None:
@@ -309,7 +310,7 @@ def view(files: tuple[str, ...], **options: Any) -> int:
 @main.group(
     short_help="Train models, by gold traces or by reward.",
     help=_lines("""
-Train models (needs `pip install 'plait[train]'`).
+Train models (needs the extra `train`).
 
 plait train sft configs/sft_multiverse.toml --out runs/adaptive
 plait train rl configs/rl_pgrpo.toml --set init=runs/adaptive/checkpoint.pt --out runs/pgrpo
@@ -395,7 +396,7 @@ def rl(config: str, **options: Any) -> int:
 @main.command(
     short_help="Serve models over HTTP, as OpenAI does.",
     help=_lines("""
-Serve models over HTTP, as OpenAI's clients speak it (needs `pip install 'plait[serve]'`).
+Serve models over HTTP, as OpenAI's clients speak it (needs the extra `serve`).
 
 plait serve                                  the embedded model, on http://127.0.0.1:8000
 plait serve --new-key alice                  print a key, and the entry for --api-key-file
@@ -436,7 +437,7 @@ def serve(new_key: str | None, config: str | None, print_config: bool, **flags: 
     help=_lines("""
 Examine servers: what they are, whether forks are cheap there, what to change.
 
-plait doctor --engine http://localhost:8000              (needs `pip install 'plait[http]'`)
+plait doctor --engine http://localhost:8000              (needs the extra `http`)
 plait doctor --engine http://a:8000,http://b:8000 --json
 
 Sends twenty to thirty calls. An API key is read from PLAIT_ENGINE_KEY.
@@ -455,7 +456,7 @@ def doctor(engine: str, **options: Any) -> int:
 @main.group(
     short_help="Measure a server under load.",
     help=_lines("""
-Measure servers (needs `pip install 'plait[http]'`).
+Measure servers (needs the extra `http`).
 
 plait bench load --url http://127.0.0.1:8000 --rates 1,4,16
 """),

@@ -180,3 +180,12 @@ def without_password(text: str) -> str:
     ('***@host:8000', 'best@8')
     """
     return re.sub(r"[^\s/@:]*:\S*@", "***@", text)
+
+
+def needs(what: str, extra: str) -> str:
+    """What to say where packages are missing that an extra of Plait brings."""
+    # pip knows the extras of what is installed, wherever it came from.
+    return (
+        f"{what} needs packages of the extra {extra!r}: pip install '.[{extra}]' in a clone of Plait, or "
+        f"'plait[{extra}]' where it is installed"
+    )

@@ -1,4 +1,4 @@
-"""Plait's models in inspect-ai: `inspect eval task.py --model plait/plait-tiny`. Needs `pip install 'plait[inspect]'`.
+"""Plait's models in inspect-ai: `inspect eval task.py --model plait/plait-tiny`. Needs the extra `inspect`.
 
 Inspect finds it by its entry point. Without an address the model runs in this process; with one (`--model-base-url
 http://localhost:8000/v1`) a `plait serve` answers. Either way an output has one reasoning part for each thread, and its
@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 import anyio
 
 from plait.engines.base import Engine
-from plait.errors import EngineError, EngineUnavailable, RequestError, nearest
+from plait.errors import EngineError, EngineUnavailable, RequestError, nearest, needs
 from plait.models import Model, load_model
 from plait.session import run
 from plait.tree import Tree
@@ -44,7 +44,7 @@ try:
     )
     from inspect_ai.tool import ToolChoice, ToolInfo
 except ImportError as exc:
-    raise EngineUnavailable(f"the inspect-ai provider needs `pip install 'plait[inspect]'` ({exc})") from exc
+    raise EngineUnavailable(f"{needs('the inspect-ai provider', 'inspect')} ({exc})") from exc
 
 KEY_VARIABLE, ADDRESS_VARIABLE = "PLAIT_API_KEY", "PLAIT_BASE_URL"
 LIMITS = tuple(field.name for field in fields(Budget))

@@ -16,12 +16,12 @@ from typing import Any
 
 import anyio
 
-from plait.errors import EngineUnavailable, RequestError
+from plait.errors import EngineUnavailable, RequestError, needs
 
 try:
     import httpx2
 except ImportError as exc:
-    raise EngineUnavailable("measuring a server needs `pip install 'plait[http]'`") from exc
+    raise EngineUnavailable(f"{needs('measuring a server', 'http')} ({exc})") from exc
 
 TIMEOUT_S = 120.0
 

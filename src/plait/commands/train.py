@@ -10,7 +10,7 @@ from typing import Any
 
 from plait import tasks
 from plait.commands.settings import overrides
-from plait.errors import PlaitError, RequestError
+from plait.errors import PlaitError, RequestError, needs
 from plait.settings import read_toml
 
 
@@ -85,9 +85,7 @@ def _trainer(name: str) -> Any:
     try:
         return import_module(f"plait.train.{name}")
     except ImportError as exc:
-        raise RequestError(
-            f"training needs {exc.name or 'torch'}, which is not installed: pip install 'plait[train]'"
-        ) from exc
+        raise RequestError(f"{needs('training', 'train')} ({exc})") from exc
 
 
 _ONLY_RL = ("reward", "rollout", "loss")

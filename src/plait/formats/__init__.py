@@ -77,10 +77,11 @@ def open_format(name: str, tokenizer: Tokenizer, **options: Any) -> TrajectoryFo
     if not hasattr(tokenizer, "control_id"):
         raise RequestError(f"the tokenizer is {tokenizer!r:.60}; it must be one with control ids: `model.tokenizer`")
     made = format_class(name)
-    _, *known = parameters(made).values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
-        for option in options:
-            one_of(option, [parameter.name for parameter in known], f"option of the {name} format")
+    if options:
+        _, *known = parameters(made).values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+            for option in options:
+                one_of(option, [parameter.name for parameter in known], f"option of the {name} format")
     return made(tokenizer, **options)
 
 

@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-from plait.errors import EngineUnavailable
+from plait.errors import EngineUnavailable, needs
 
 try:
     import fastapi as _fastapi  # noqa: F401
     import prometheus_client as _prometheus_client  # noqa: F401
     import uvicorn as _uvicorn  # noqa: F401
 except ImportError as exc:
-    raise EngineUnavailable(f"the server needs `pip install 'plait[serve]'` ({exc})") from exc
+    raise EngineUnavailable(f"{needs('the server', 'serve')} ({exc})") from exc
 
 from plait.server.app import create_app
 from plait.server.config import ServeConfig, as_toml, resolve

@@ -16,7 +16,7 @@ from typing import Any
 
 import anyio
 
-from plait.errors import EngineUnavailable, TreeError
+from plait.errors import EngineUnavailable, TreeError, needs
 from plait.events import Event
 from plait.server.metrics import Metrics
 from plait.viewer import describe_run, otlp
@@ -24,7 +24,7 @@ from plait.viewer import describe_run, otlp
 try:
     import httpx2
 except ImportError as exc:
-    raise EngineUnavailable("sending spans needs `pip install 'plait[http]'`") from exc
+    raise EngineUnavailable(f"{needs('sending spans', 'http')} ({exc})") from exc
 
 log = logging.getLogger("plait.server")
 _PARENT = re.compile(r"00-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}")

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.errors import EngineUnavailable, ModelError, RequestError
+from plait.errors import EngineUnavailable, ModelError, RequestError, needs
 from plait.tokenizer import parts
 from plait.tokenizer.text import TextTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-INSTALL = "pip install 'plait[torch]'"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """What a chat template may write by name."""
 
@@ -73,7 +72,7 @@ class FastTokenizer(TextTokenizer):
         try:
             from tokenizers import Tokenizer
         except ImportError as exc:
-            raise EngineUnavailable(f"reading {file} needs tokenizers: {INSTALL}") from exc
+            raise EngineUnavailable(needs(f"reading {file}", "torch")) from exc
         try:
             inner = Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as exc:  # the package raises no narrower one

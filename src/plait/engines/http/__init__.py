@@ -2,8 +2,10 @@
 
 from importlib.util import find_spec
 
+from plait.errors import needs
+
 if find_spec("h11") is None:
-    raise ImportError("it needs h11: pip install 'plait[http]'")
+    raise ImportError(needs("it", "http"))
 
 from plait.engines.affinity import affinity
 from plait.engines.http.client import Timeouts

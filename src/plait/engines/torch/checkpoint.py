@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from plait.errors import EngineUnavailable, ModelError
-
-INSTALL = "pip install 'plait[torch]'"
+from plait.errors import EngineUnavailable, ModelError, needs
 
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -95,7 +93,7 @@ def load_safetensors(file: Path) -> dict[str, Any]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as exc:
-        raise EngineUnavailable(f"reading {file} needs safetensors: {INSTALL}") from exc
+        raise EngineUnavailable(needs(f"reading {file}", "torch")) from exc
     try:
         return load_file(file)
     except (OSError, SafetensorError) as exc:
@@ -122,7 +120,7 @@ def _gguf(path: Path) -> Checkpoint:
     try:
         import gguf
     except ImportError as exc:
-        raise EngineUnavailable(f"reading {path} needs gguf: {INSTALL}") from exc
+        raise EngineUnavailable(needs(f"reading {path}", "torch")) from exc
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}

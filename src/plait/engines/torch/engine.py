@@ -15,16 +15,16 @@ import anyio
 from plait.engines.calls import Part
 from plait.engines.inprocess import InProcessEngine, Mailbox, check_options, deliver, poster
 from plait.engines.sampling import Sampler
-from plait.engines.torch.checkpoint import INSTALL, Checkpoint, read_checkpoint
+from plait.engines.torch.checkpoint import Checkpoint, read_checkpoint
 from plait.engines.worker import WORKER
-from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError
+from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError, needs
 from plait.settings import within
 from plait.types import SamplingParams, context_positions
 
 try:
     import torch
 except ImportError as exc:
-    raise EngineUnavailable(f"the torch engine needs PyTorch: {INSTALL}") from exc
+    raise EngineUnavailable(f"{needs('the torch engine', 'torch')} ({exc})") from exc
 
 from plait.engines.torch.blocks import Pool
 from plait.engines.torch.lora import with_lora

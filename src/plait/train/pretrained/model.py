@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plait.errors import ModelError, RequestError
+from plait.errors import ModelError, RequestError, needs
 from plait.tokenizer.fast import FastTokenizer
 from plait.train import machine
 from plait.train.pretrained.config import BaseConfig
@@ -31,7 +31,7 @@ from plait.train.ranks import whole
 try:
     import transformers
 except ImportError as exc:
-    raise RequestError(f"models of transformers need {exc.name}, which is missing: pip install 'plait[hf]'") from exc
+    raise RequestError(f"{needs('a model of transformers', 'hf')} ({exc})") from exc
 
 
 _SLOTS = 1024
@@ -270,7 +270,7 @@ def _adapted(model: Any, config: BaseConfig, tokens: Sequence[int]) -> Any:
     try:
         import peft
     except ImportError as exc:
-        raise RequestError("lora_rank needs peft, which is missing: pip install 'plait[hf]'") from exc
+        raise RequestError(f"{needs('lora_rank', 'hf')} ({exc})") from exc
     # A head of its own learns the tags too, or they would be said as seldom as their pieces.
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     rows = list(tokens) if tied else {"embed_tokens": list(tokens), "lm_head": list(tokens)}
