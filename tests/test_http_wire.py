@@ -452,3 +452,22 @@ async def test_events_before_a_wrong_one_come_first(wrong: bytes, error: type[En
         with pytest.raises(error, match=says):
             await anext(batches)
     await client.aclose()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"content-encoding: gzip\r\ncontent-length: 2\r\n\r\n{}", "as gzip, though it was asked not to compress it"),
+        (b"content-length: 2\r\n\r\n12", "a page of more than 1 bytes"),
+    ],
+)
+async def test_a_page_that_is_compressed_or_has_no_end_is_refused(
+    answer: bytes, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plait.engines.http.client._MOST_PAGE_BYTES", 1)
+    server = Said([b"HTTP/1.1 200 OK\r\n" + answer])
+    client = Client(timeouts=Timeouts(), api_key=None, secure=False)
+    async with server.serve() as url:
+        with pytest.raises(EngineProtocolError, match=says):
+            await client.get(url)
+        await client.aclose()

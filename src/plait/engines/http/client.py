@@ -32,6 +32,7 @@ _TOO_LONG = (
 """What servers say of a prompt that does not fit; there is no common code for it."""
 _MOST_ERROR_BYTES = 1 << 16
 _MOST_EVENT_BYTES = 1 << 20
+_MOST_PAGE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +92,14 @@ class Client:
 
     async def _page(self, method: str, url: str, body: Json | None) -> Any:
         wait = Wait(self.timeouts.probe_s, f"{url} did not answer")
+        parts: list[bytes] = []
         async with self._asked(method, url, body, {}, wait) as answer:
-            content = b""
-            while part := await answer.part():
-                content += part
-        status = answer.head.status_code
+            _check_plain(url, answer)
+            while sum(map(len, parts)) <= _MOST_PAGE_BYTES and (part := await answer.part()):
+                parts.append(part)
+        content, status = b"".join(parts), answer.head.status_code
+        if len(content) > _MOST_PAGE_BYTES:
+            raise EngineProtocolError(f"{url} sent a page of more than {_MOST_PAGE_BYTES} bytes")
         if status in (404, 405, 501):
             return None
         if status >= 300:
@@ -130,6 +134,7 @@ class Client:
                 is not made of JSON events. What came before it comes first.
         """
         async with self._asked("POST", url, body, headers, wait) as answer:
+            _check_plain(url, answer)
             if answer.head.status_code != 200:
                 raise _refusal(url, answer, await _beginning(answer))
             if answer.header(b"content-type").partition(";")[0].strip().lower() != "text/event-stream":
@@ -214,6 +219,12 @@ def _parsed(url: str, data: bytes) -> Json:
         code = error.get("code") if isinstance(error, dict) else None
         raise fault(f"{url} failed while it answered", code if isinstance(code, int) else 500, _message(event))
     return event
+
+
+def _check_plain(url: str, answer: Answer) -> None:
+    coding = answer.header(b"content-encoding").strip().lower()
+    if coding not in ("", "identity"):
+        raise EngineProtocolError(f"{url} sent its answer as {coding:.20}, though it was asked not to compress it")
 
 
 async def _beginning(answer: Answer) -> bytes:

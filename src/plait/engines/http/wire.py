@@ -162,6 +162,7 @@ class Pool:
 
     async def _connected(self, origin: _Origin, url: str) -> _Connection:
         stream: ByteStream | None = None
+        how = " over TLS" if origin.secure else ""
         try:
             with anyio.move_on_after(self._connect_s):
                 if origin.secure and self._tls is not None:
@@ -171,9 +172,9 @@ class Pool:
                 else:
                     stream = await anyio.connect_tcp(origin.host, origin.port)
         except (OSError, UnicodeError, anyio.BrokenResourceError, anyio.EndOfStream) as exc:
-            raise EngineUnavailable(f"{url} cannot be reached: {exc or type(exc).__name__}") from exc
+            raise EngineUnavailable(f"{url} cannot be reached{how}: {_why(exc)}") from exc
         if stream is None:
-            raise EngineUnavailable(f"{url} does not accept connections: timed out")
+            raise EngineUnavailable(f"{url} does not accept connections{how}: timed out")
         connection = _Connection(stream)
         if self._closed:
             await connection.aclose()
@@ -314,4 +315,11 @@ def _named(url: str) -> Iterator[None]:
     try:
         yield
     except (anyio.BrokenResourceError, anyio.ClosedResourceError, h11.ProtocolError) as exc:
-        raise EngineError(f"{url} broke off: {exc or type(exc).__name__}") from exc
+        raise EngineError(f"{url} broke off: {_why(exc)}") from exc
+
+
+def _why(exc: BaseException) -> str:
+    """What an error says; those of anyio say nothing, but what they come from does."""
+    if isinstance(exc, anyio.EndOfStream):
+        return "the server closed the connection"
+    return str(exc) or str(exc.__cause__ or "") or type(exc).__name__
