@@ -22,10 +22,11 @@ from plait.commands.choosing import understand
 from plait.engines import ENGINES, open_engine
 from plait.errors import RequestError
 from plait.formats import FORMATS, CharTokenizer, format_class, open_format, text_format
-from plait.models import load_model
+from plait.models import gold_tree, load_model
 from plait.tasks import TASKS, Problem, family, parse
 from plait.tasks.vocabulary import TOKENIZER, tokenizer_for
 from plait.testing import check_format
+from plait.train.rollouts import faults
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -107,6 +108,10 @@ def test_the_examples_install_as_a_package(install: Install, monkeypatch: pytest
     graded = plait("eval", "--engine", "scripted", "--family", "largest", "-n", "3", "--json")
     assert json.loads(graded.stdout)["accuracy"] == 1.0
     assert (asked.family, asked.answer, asked.forks) == ("largest", "90", True)
+    tokenizer = tokenizer_for("compact", "todo")
+    format = open_format("todo", tokenizer)
+    tree = gold_tree(asked, format=format, tokenizer=tokenizer)
+    assert (tree.num_threads, faults(tree, format)) == (3, ())
     assert family("largest", {"rows": [2, 9]}).rows == (2, 9)  # type: ignore[attr-defined]
 
 

@@ -1,3 +1,4 @@
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -6,9 +7,10 @@ import pytest
 
 from plait.engines.scripted import ScriptedEngine
 from plait.events import decode
-from plait.formats import open_format
+from plait.formats import FORMATS, CharTokenizer, format_class, open_format, text_format
 from plait.models import gold_model
 from plait.tasks.vocabulary import TOKENIZER
+from plait.testing.trajectories import Trajectories
 from plait.tokenizer import FixedTokenizer
 from plait.train.handoff.scoring import exact
 from plait.train.prompts import Prompt, Prompts, task_source
@@ -197,6 +199,17 @@ async def test_faults_of_format_are_found_in_what_was_sampled(texts: tuple[str, 
     assert all(words in fault for words, fault in zip(expected, found, strict=True))
     assert outcome.faults == found
     assert outcome.correct
+
+
+@pytest.mark.parametrize("name", FORMATS.own)
+def test_what_a_format_renders_has_no_faults(name: str) -> None:
+    format = text_format(name)
+    tokenizer = CharTokenizer(format_class(name).tags())
+    prompt_ids = (*tokenizer.bos_ids, *tokenizer.encode("a"))
+    drawn = Trajectories(format, tokenizer, alphabet="abc 12", prompt_ids=prompt_ids)
+    trees = [drawn.render(drawn.draw(random.Random(seed))) for seed in range(12)]
+    assert [fault for tree in trees for fault in faults(tree, format)] == []
+    assert any(tree.num_forks for tree in trees) or name == "sequential"
 
 
 async def test_a_run_over_its_budget_is_limited_and_not_malformed() -> None:

@@ -7,6 +7,7 @@ rewards, models and torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -166,31 +167,27 @@ def faults(tree: Tree, format: TrajectoryFormat) -> tuple[str, ...]:
     """Where a run did not keep its format, in plain words. Being cut off by a limit is no fault of format.
 
     A block that cannot be read or had to be repaired, a thread that ended without its closing tag, and tags of a block
-    where no block was opened.
+    where no block was opened. What a limit or the winner of a race cut off is none.
     """
     found: list[str] = []
-    opened: dict[str, int] = {}
-    tags: dict[str, dict[int, int]] = {}
+    stray: dict[str, bool] = {}
+    cut = (StopReason.MALFORMED, StopReason.BUDGET, StopReason.LENGTH, StopReason.CANCELLED)
     for segment in tree.segments.values():
         depth = segment.thread.count("/")
-        counts = tags.setdefault(segment.thread, dict.fromkeys(format.fork_ids, 0))
-        for id in segment.sampled_ids:
-            if id in counts:
-                counts[id] += 1
+        tags = Counter(id for id in segment.sampled_ids if id in format.fork_ids)
         if segment.stop is StopReason.MALFORMED:
             found.append(f"{segment.id}: {segment.note}")
-        elif segment.stop is StopReason.EOS and depth:
+        elif segment.stop is StopReason.EOS and depth and format.end_text(None):
             found.append(f"{segment.id}: a thread that ended without its closing tag")
-        elif segment.stop is StopReason.STOP and isinstance(fork := format.parse(segment.sampled_ids, depth), Fork):
-            opened[segment.thread] = opened.get(segment.thread, 0) + 1
+        fork = format.parse(segment.sampled_ids, depth) if segment.stop is StopReason.STOP else None
+        if isinstance(fork, Fork):
             if fork.note:
                 found.append(f"{segment.id}: {fork.note}")
-    for thread, counts in tags.items():
-        # A block that was declined is a fault of its own, or a limit's doing.
-        declined = sum(
-            s.thread == thread and s.stop in (StopReason.MALFORMED, StopReason.BUDGET, StopReason.LENGTH)
-            for s in tree.segments.values()
-        )
-        if not declined and any(count != opened.get(thread, 0) for count in counts.values()):
-            found.append(f"thread {thread}: tags of a block where none was opened")
+            # A tag of the block, or of each thread; a thread that is not waited for has tags of its own number only.
+            right = (1, len(fork.branches)) if fork.waits else (0, 1)
+            wrong = any(tags[id] not in right for id in format.fork_ids)
+        else:
+            wrong = bool(tags) and segment.stop not in cut
+        stray[segment.thread] = stray.get(segment.thread, False) or wrong
+    found += [f"thread {thread}: tags of a block where none was opened" for thread, wrong in stray.items() if wrong]
     return tuple(found)
