@@ -15,7 +15,6 @@ with warnings.catch_warnings():
     pytest.importorskip("safetensors")
 pytestmark = [
     pytest.mark.torch,
-    pytest.mark.timeout(180),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
 ]
 

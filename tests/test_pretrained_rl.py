@@ -19,7 +19,6 @@ with warnings.catch_warnings():
     pytest.importorskip("safetensors")
 pytestmark = [
     pytest.mark.torch,
-    pytest.mark.timeout(240),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
 ]
 
