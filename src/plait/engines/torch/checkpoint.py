@@ -154,6 +154,7 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: set[str]) -> dict[st
         raise ModelError(
             f"{path} scales its rotary embedding; the torch engine reads such models from safetensors only"
         )
+    head_dim = of("attention.key_length", of("embedding_length") // of("attention.head_count"))
     config = {
         "model_type": kind,
         "hidden_size": of("embedding_length"),
@@ -164,7 +165,9 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: set[str]) -> dict[st
         "max_position_embeddings": of("context_length"),
         "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
         "rope_theta": of("rope.freq_base", 10000.0),
-        "head_dim": of("attention.key_length", of("embedding_length") // of("attention.head_count")),
+        "head_dim": head_dim,
+        "partial_rotary_factor": of("rope.dimension_count", head_dim) / head_dim,
+        "use_sliding_window": bool(of("attention.sliding_window", 0)),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     return config
