@@ -74,6 +74,8 @@ class Wrong(ScriptedEngine):
                 params = replace(params, stop_ids=params.stop_ids[:1])
             case "C4 prompt" if {*params.stop_ids} & {id for part in context if isinstance(part, tuple) for id in part}:
                 params = replace(params, max_tokens=1)
+            case "C4 all banned" if len(params.banned_ids) >= 50:
+                params = replace(params, banned_ids=())
             case "C4 banned":
                 params = replace(params, banned_ids=())
             case "C4 first banned":
@@ -132,7 +134,7 @@ def _outermost(part: tuple[int, ...] | Merge) -> tuple[int, ...] | Merge:
 
 
 WRONG = (
-    *("C1", "C1 seeds", "C2", "C2 runs", "C3", "C4", "C4 first", "C4 prompt", "C4 limit", "C4 banned"),
+    *("C1", "C1 seeds", "C2", "C2 runs", "C3", "C4", "C4 first", "C4 prompt", "C4 limit", "C4 banned", "C4 all banned"),
     *("C4 first banned", "C6", "C6 sign", "C6 silent", "C7 seeds", "C8", "C9", "C9 brim", "C9 last"),
     *("C10", "C10 running", "M0", "M2", "M2 end", "M3 inside"),
 )
@@ -253,12 +255,22 @@ def test_a_deviation_of_no_clause_is_refused(pytester: pytest.Pytester) -> None:
         ({"prompts": [(1, 2, 3, 50)] * 3}, "holds the id 50"),
         ({"max_tokens": 1}, "max_tokens is 1"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": None}, "vocab_size is None"),
         ({"tolerance": float("nan")}, "tolerance is nan"),
+        ({"timeout_s": 0}, "timeout_s is 0; it must be a number above 0"),
+        ({"timeout_s": -1}, "timeout_s is -1"),
+        ({"timeout_s": float("nan")}, "timeout_s is nan"),
     ],
 )
 async def test_questions_without_sense_are_not_blamed_on_the_engine(options: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         await check_engine(make, **{"vocab_size": 50, **options})
+
+
+async def test_questions_that_do_not_fit_are_not_blamed_on_the_engine() -> None:
+    with pytest.raises(RequestError, match="max_context is 32; .* ask for 33 positions"):
+        await check_engine(lambda: make(max_context=32), vocab_size=50)
+    await check_engine(lambda: make(max_context=33), vocab_size=50)
 
 
 async def test_an_engine_that_counts_nothing_is_found() -> None:

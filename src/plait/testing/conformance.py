@@ -39,6 +39,8 @@ class Case:
 
     prompts: tuple[tuple[int, ...], ...]
     """At least three, of different lengths, none shorter than 4 ids."""
+    vocab_size: int
+    """Ids below this may be sent."""
     max_tokens: int = 12
     tolerance: float = 1e-4
     """Largest difference of two log-probabilities of the same token that counts as rounding."""
@@ -112,11 +114,12 @@ async def check_engine(
     """
     for name in (*skip, *(clauses or ())):
         one_of(name, CLAUSES | REFUSAL | MERGE_CLAUSES, "clause")
-    within("vocab_size", vocab_size, 2)
-    within("max_tokens", max_tokens, 2)
-    within("tolerance", tolerance, 0)
-    within("timeout_s", timeout_s, 0)
+    within("vocab_size", vocab_size, 2, whole=True, or_none=False)
+    within("max_tokens", max_tokens, 2, whole=True, or_none=False)
+    within("tolerance", tolerance, 0, or_none=False)
+    within("timeout_s", timeout_s, 0, above=True, or_none=False)
     case = Case(
+        vocab_size=vocab_size,
         prompts=_prompts(vocab_size) if prompts is None else tuple(map(tuple, prompts)),
         max_tokens=max_tokens,
         tolerance=tolerance,
@@ -132,6 +135,12 @@ async def check_engine(
         )
     checked: list[str] = []
     async with _opened(make_engine, timeout_s) as engine:
+        longest = sum(map(len, case.prompts[:3])) if engine.supports_merge else max(map(len, case.prompts))
+        if longest + max_tokens > engine.max_context:
+            raise RequestError(
+                f"the engine's max_context is {engine.max_context}; with these prompts and max_tokens={max_tokens} the"
+                f" clauses ask for {longest + max_tokens} positions"
+            )
         apply = dict(CLAUSES)
         if engine.supports_merge:
             apply |= MERGE_CLAUSES
@@ -233,7 +242,7 @@ async def max_tokens_is_exact(engine: Engine, case: Case) -> None:
 
 
 async def a_stop_id_ends_is_included_and_named(engine: Engine, case: Case) -> None:
-    """C4: eos ids too, also as the last token there is room for. Banned ids are never sampled."""
+    """C4: eos ids too, also as the last token there is room for. Banned ids are never sampled, and not all may be."""
     plain = await _call(engine, case.context, case.params)
     id = plain.token_ids[len(plain.token_ids) // 2]
     cut = plain.token_ids[: plain.token_ids.index(id) + 1]
@@ -254,6 +263,16 @@ async def a_stop_id_ends_is_included_and_named(engine: Engine, case: Case) -> No
         output = await _call(engine, case.context, replace(case.params, banned_ids=banned_ids))
         if sampled := set(banned).intersection(output.token_ids):
             raise _Broken(f"of the banned ids {banned_ids}, {sorted(sampled)} were sampled: {output.token_ids}")
+    before = engine.stats().decode_tokens
+    try:
+        output = await _call(engine, case.context, replace(case.params, banned_ids=tuple(range(case.vocab_size))))
+    except (RequestError, EngineError):  # the latter by an engine that does not know all ids of its server
+        if engine.stats().decode_tokens != before:
+            raise _Broken("tokens were sampled before a call was refused that bans all ids") from None
+        return
+    # The model may have more ids than those that may be sent.
+    if min(output.token_ids) < case.vocab_size:
+        raise _Broken(f"all ids up to {case.vocab_size} are banned; sampled were {output.token_ids}")
 
 
 async def chunks_are_whole_whatever_their_size(engine: Engine, case: Case) -> None:
