@@ -19,10 +19,11 @@ from click.testing import CliRunner, Result
 
 from plait.cli import main
 from plait.commands.choosing import understand
-from plait.engines import ENGINES, open_engine
+from plait.engines import ENGINES, Engine, open_engine
 from plait.errors import RequestError
 from plait.formats import FORMATS, CharTokenizer, format_class, open_format, text_format
 from plait.models import gold_tree, load_model
+from plait.registry import Registry
 from plait.tasks import TASKS, Problem, family, parse
 from plait.tasks.vocabulary import TOKENIZER, tokenizer_for
 from plait.testing import check_format
@@ -244,6 +245,18 @@ def test_two_packages_with_one_name_are_both_named(install: Install) -> None:
         install(package, formats={"woven": "woven:Woven"})
     with pytest.raises(RequestError, match=r"in several packages \(one 1.0, other 1.0\): uninstall all but one"):
         format_class("woven")
+
+
+@pytest.mark.parametrize(
+    "error", ["ImportError('no kernels')", "EngineUnavailable('no kernels')", "OSError('no kernels')"]
+)
+def test_what_plait_has_and_lacks_a_library_is_listed(install: Install, tmp_path: Path, error: str) -> None:
+    code = f"from plait.errors import EngineUnavailable\nraise {error}\n"
+    (tmp_path / "lacking.py").write_text(code, encoding="utf-8")
+    install("nothing")
+    registry = Registry("plait.nothing", "engine", {"lacking": "lacking:Engine", "plain": Engine}, of=Engine)
+    lacking, plain = registry.listed()
+    assert (lacking[:2], str(lacking[2]), plain) == (("lacking", ""), "no kernels", ("plain", "", Engine))
 
 
 def test_lost_and_torn_metadata_are_said(install: Install, tmp_path: Path) -> None:

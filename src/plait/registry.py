@@ -69,7 +69,7 @@ class Registry(Collection[str], Generic[T]):
 
         Raises:
             RequestError: Nothing has it, or the package that brings it is broken; the message says which it is.
-            ImportError: It is one of Plait's own, and a library it needs is not installed.
+            ImportError, EngineUnavailable: It is one of Plait's own, and a library it needs is not installed.
         """
         found = self.own.get(name, self._added.get(name))
         if isinstance(found, str):
@@ -103,7 +103,8 @@ class Registry(Collection[str], Generic[T]):
         for name in (*self.own, *self._added):
             try:
                 yield name, "this process" if name in self._added else "", self[name]
-            except ImportError as exc:
+            except Exception as exc:
+                # Whatever a library says that is not there, or does not fit.
                 yield name, "", exc
         for entry in self._entries():
             source = _source(entry)
