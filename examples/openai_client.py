@@ -25,10 +25,11 @@ def main(base_url: str = "http://127.0.0.1:8000/v1", question: str = "What is 46
         extra_body={"plait": {"stream": "interleaved", "max_tokens": 1500}},
     )
     said: dict[str, str] = {}
+    answer = closing = ""
     for chunk in stream:
         if chunk.usage is not None:
             usage = (chunk.usage.model_extra or {})["plait"]
-            print(f"{chunk.usage.completion_tokens} tokens, {usage['critical_path_tokens']} on the critical path")
+            closing = f"{chunk.usage.completion_tokens} tokens, {usage['critical_path_tokens']} on the critical path"
         for choice in chunk.choices:
             extra = choice.delta.model_extra or {}
             match extra.get("plait"):
@@ -38,8 +39,8 @@ def main(base_url: str = "http://127.0.0.1:8000/v1", question: str = "What is 46
                     said[thread] = said.get(thread, "") + extra.get("reasoning", "")
                 case {"ev": "close", "thread": thread}:
                     print(f"thread {thread} said {said[thread].strip()}")
-            if choice.delta.content:
-                print(f"answer: {choice.delta.content}")
+            answer += choice.delta.content or ""
+    print(f"answer: {answer}\n{closing}")
 
 
 if __name__ == "__main__":
