@@ -94,7 +94,7 @@ def shown(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
-def wait(browser: Any, script: str, *, seconds: float = 20) -> Any:
+def wait(browser: Any, script: str, *, seconds: float = 60) -> Any:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         value = browser.execute_script(script)
@@ -231,7 +231,7 @@ def test_every_kind_of_run_is_drawn(shown: Callable[..., Any]) -> None:
         const row = lanes.getContext('2d').getImageData(0, 40 * ratio, lanes.width, 1).data;
         return row.some((value) => value > 0);
         """
-        wait(browser, drawn, seconds=5)
+        wait(browser, drawn)
         said[kind] = text(browser, ".legend") + text(browser, ".reading") + text(browser, ".sentence")
     assert "cancelled" in said["race"]
     assert "ended the race" in said["race"]
@@ -263,7 +263,7 @@ def test_a_fork_is_seen_to_split(browser: Any) -> None:
     requestAnimationFrame(frame);
     """
     browser.get("about:blank")
-    browser.set_script_timeout(20)
+    browser.set_script_timeout(60)
     run = describe_run(odd_runs()["nested"])
     seen = browser.execute_async_script(script + watched, run)
     first, last = seen[0], seen[-1]
