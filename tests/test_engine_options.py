@@ -100,13 +100,17 @@ async def test_all_ids_banned_and_a_model_that_gives_nan_are_errors(monkeypatch:
         with pytest.raises(RequestError, match="are banned; leave one"):
             await anext(engine.generate(context, SamplingParams(max_tokens=4, banned_ids=every)))
 
+        sample = Sampler.sample
+
         def nan(self: Sampler, logits: Any, ids: Any, logprobs: Any) -> bool:
-            ids[:], logprobs[:] = 0, np.nan
-            return False
+            logits[:, 7] = np.nan
+            return sample(self, logits, ids, logprobs)
 
         monkeypatch.setattr(Sampler, "sample", nan)
-        with pytest.raises(EngineError, match="gave NaN"):
-            await anext(engine.generate(context, SamplingParams(max_tokens=4)))
+        for more in ({}, {"logprobs": False}, {"logprobs": False, "temperature": 1.0, "top_k": 5, "top_p": 0.9}):
+            params: dict[str, Any] = {"max_tokens": 4, **more}
+            with pytest.raises(EngineError, match="gave NaN"):
+                await anext(engine.generate(context, SamplingParams(**params)))
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-310, 5e-324])

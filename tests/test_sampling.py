@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,3 +62,24 @@ def test_no_draw_gives_a_token_without_weight(vocab_size: int, draw: float) -> N
     ids, logprobs = np.zeros(2, np.int32), np.zeros(2, np.float32)
     sampler.sample(logits, ids, logprobs)
     assert ids.tolist() == [allowed[draw > 0.55]] * 2
+
+
+@pytest.mark.parametrize("vocab_size", [40, 30_000])
+@pytest.mark.parametrize("more", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}, {"banned_ids": (1, 2)}])
+@pytest.mark.parametrize("scored", [0, 1, 2])
+def test_nan_is_seen_whether_or_not_logprobs_are_asked_for(vocab_size: int, more: dict[str, Any], scored: int) -> None:
+    """Rows 0 and 1 have one NaN, 2 and 3 none; 0 and 2 are greedy; the first `scored` pairs are asked for them."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, vocab_size)).astype(np.float32)
+    logits[:2, 5] = np.nan
+    logits[2:, 6] = -np.inf
+    sampler, ids, logprobs = Sampler(4, vocab_size), np.zeros(4, np.int32), np.zeros(4, np.float32)
+    for slot in range(4):
+        params = SamplingParams(max_tokens=1, temperature=float(slot % 2), logprobs=slot // 2 < scored, **more)
+        sampler.place(slot, params, iter([0.3]))
+    sampler.arrange(4)
+    sampler.sample(logits, ids, logprobs)
+    assert np.isnan(logprobs).tolist() == [True, True, False, False]
+    assert all(math.copysign(1, p) == 1 and p == 0 for p in logprobs[2:]) or scored == 2
+    _, further = sampler.sample_greedily(logits, range(4))
+    assert [math.isnan(p) for p in further] == [True, True, False, False]

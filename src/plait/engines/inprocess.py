@@ -167,7 +167,7 @@ class InProcessEngine:
             ContextLengthError: The context leaves no position or no cell to sample into.
             RequestError: It is empty, ends with a merge, or holds an id the model does not have; or all are banned.
             EngineUnavailable: The engine is not open, or was closed while the call ran.
-            EngineError: The model gave NaN; seen where log-probabilities are asked for.
+            EngineError: The model gave NaN.
         """
         scheduler = self._check_open()
         check_params(params, range(self.vocab_size))

@@ -68,6 +68,8 @@ class Sampler:
     def sample(self, logits_SV: Floats, ids_S: npt.NDArray[np.int32], logprobs_S: Floats) -> bool:
         """Write the next token of every slot, and its log-probability before temperature and filters.
 
+        NaN among a row's logits comes out as its log-probability, also where none is asked for.
+
         Returns:
             Whether any slot sampled one of its stop or eos ids.
         """
@@ -79,9 +81,9 @@ class Sampler:
         if self._hot:
             chosen_S[self._hot] = self._draw(choice_SV)
         flat_S = chosen_S + self._rows_S[:slots]
+        at_S = logits_SV.ravel().take(flat_S)
         if self._scored:
             work_SV = self._work_SV[:slots, : self._vocab_size]
-            at_S = logits_SV.ravel().take(flat_S)
             top_S = logits_SV.max(1) if self._hot or self._bans else at_S
             np.subtract(logits_SV, top_S[:, None], out=work_SV)
             np.exp(work_SV, out=work_SV)
@@ -89,9 +91,9 @@ class Sampler:
             sums_S = np.log(np.add.reduce(work_SV, 1, out=self._sums_S[:slots]))
             np.minimum(at_S - top_S - sums_S if top_S is not at_S else -sums_S, 0, out=logprobs_S)
             if self._silent:
-                logprobs_S[self._silent] = 0
+                logprobs_S[self._silent] = _zeros(logprobs_S[self._silent])
         else:
-            logprobs_S[:] = 0
+            logprobs_S[:] = _zeros(at_S)
         ids_S[:] = chosen_S
         return bool(self._stops_SV.ravel().take(flat_S).any())
 
@@ -105,13 +107,15 @@ class Sampler:
         if self._bans:
             choice_RV = np.where(self._banned_SV[slots_R], np.float32(-np.inf), logits_RV)
         chosen_R = choice_RV.argmax(1)
+        at_R = logits_RV[np.arange(len(slots_R)), chosen_R]
         if not self._scored:
-            return chosen_R.tolist(), [0.0] * len(slots_R)
+            return chosen_R.tolist(), _zeros(at_R).tolist()
         top_R = logits_RV.max(1)
         sums_R = np.log(np.exp(logits_RV - top_R[:, None]).sum(1))
-        logprobs_R = np.minimum(logits_RV[np.arange(len(slots_R)), chosen_R] - top_R - sums_R, 0)
+        logprobs_R = np.minimum(at_R - top_R - sums_R, 0)
         if self._silent:
-            logprobs_R[np.isin(slots_R, self._silent)] = 0
+            silent_R = np.isin(slots_R, self._silent)
+            logprobs_R[silent_R] = _zeros(logprobs_R[silent_R])
         return chosen_R.tolist(), logprobs_R.tolist()
 
     def _draw(self, logits_SV: Floats) -> npt.NDArray[np.intp]:
@@ -125,13 +129,18 @@ class Sampler:
         weights_HV /= np.array([[max(p.temperature, _COLDEST)] for p in params], np.float32)
         np.exp(weights_HV, out=weights_HV)
         for weights_V, p in zip(weights_HV, params, strict=True):
-            if p.top_k or p.top_p < 1:
+            if (p.top_k or p.top_p < 1) and weights_V[0] == weights_V[0]:
                 _filter(weights_V, p.top_k, p.top_p)
         draws_H1 = np.array([[next(d)] for d in draws])
         chosen_H = _inverted(padded_HV, draws_H1) if self._narrow else _inverted_by_blocks(padded_HV, draws_H1)
-        # Rounding may carry a draw past the last weight: take the likeliest token then.
+        # Rounding may carry a draw past the last weight: take the likeliest token then; of a row with NaN, that.
         drawn_H = padded_HV[np.arange(len(params)), chosen_H] > 0
-        return chosen_H if drawn_H.all() else np.where(drawn_H, chosen_H, weights_HV.argmax(1))
+        return chosen_H if drawn_H.all() else np.where(drawn_H, chosen_H, logits_SV[self._hot].argmax(1))
+
+
+def _zeros(values: Floats) -> Floats:
+    """Zeros, and NaN where there is NaN."""
+    return np.minimum(np.maximum(values, 0), 0)
 
 
 def _inverted(weights_HV: Floats, draws_H1: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
