@@ -511,6 +511,23 @@ async def test_a_fault_in_the_middle_of_a_fork_ends_the_siblings_and_joins_nothi
         assert engine.stats().active == 0
 
 
+def test_an_engine_of_another_event_loop_is_refused_and_can_be_closed() -> None:
+    async def made() -> HttpEngine:
+        async with FakeVllm().serve() as url:
+            engine = await HttpEngine(url).__aenter__()
+            assert engine._client is not None
+            await engine._client.aclose()  # so that no socket outlives the loop it belongs to
+            return engine
+
+    async def use_and_close(engine: HttpEngine) -> None:
+        with pytest.raises(EngineUnavailable, match="another event loop"):
+            await call(engine)
+        await engine.aclose()
+
+    for backend in ("asyncio", "trio"):
+        anyio.run(use_and_close, anyio.run(made, backend=backend), backend=backend)
+
+
 async def test_closing_the_engine_ends_calls_that_run() -> None:
     server = FakeVllm(token_s=0.01)
     async with opened(server, retries=0) as engine, anyio.create_task_group() as tasks:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from urllib.parse import quote, urlsplit
 
 import anyio
+import anyio.lowlevel
 
 from plait.engines.base import EngineStats, check_params, no_context
 from plait.engines.http.base import MOST_IDS, Call, Dialect, Json, Piece
@@ -111,10 +112,13 @@ class HttpEngine:
         self._placement = Placement(len(self.urls))
         self._active = self._queued = self._prefill = self._reused = self._decoded = 0
         self._closed = False
+        self._loop: object = None
+        """The event loop that its connections belong to."""
 
     async def __aenter__(self) -> HttpEngine:
         if self._closed or self._client is not None:
             raise EngineUnavailable("an HTTP engine is opened once; make another one")
+        self._loop = anyio.lowlevel.current_token()
         self._client = Client(
             timeouts=self.timeouts,
             api_key=self._api_key,
@@ -364,6 +368,8 @@ class HttpEngine:
             raise EngineUnavailable(
                 "the HTTP engine is closed" if self._closed else "open the engine first: `async with engine`"
             )
+        if self._loop != anyio.lowlevel.current_token():
+            raise EngineUnavailable("the HTTP engine was opened in another event loop; make one in this")
         if any(True for _ in context_merges(context)):
             raise UnsupportedJoin(
                 f"{self.name} servers take plain token sequences; a context with a merge needs an engine that holds "
