@@ -62,7 +62,8 @@ def test_many_runs_keep_their_budgets_and_are_counted(output: Output) -> None:
     assert re.search(r"^\d+ runs and \d+ tokens a second, \d+\.\d tokens a step$", said, re.MULTILINE)
 
 
-def test_openai_s_client_shows_threads_and_answer(output: Output) -> None:
+def test_openai_s_client_shows_threads_and_answer(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     pytest.importorskip("openai", reason="needs the client")
     pytest.importorskip("fastapi", reason="needs the serve extra")
     import plait
