@@ -37,6 +37,9 @@ sys.stdin.read()
 VLLM_PYTHON = os.environ.get("PLAIT_VLLM_PYTHON")
 """The interpreter of an environment with vLLM, which has a torch and a transformers of its own."""
 
+SGLANG_PYTHON = os.environ.get("PLAIT_SGLANG_PYTHON")
+"""The interpreter of an environment with SGLang, whose kernels are not needed."""
+
 
 def served_gguf(folder: Path, model: str) -> Path:
     """The weights of a model that ships, with a vocabulary beside them, which llama-server needs."""
@@ -75,9 +78,7 @@ def vllm_server(
         native: With the route that takes and returns token ids alone.
     """
     assert VLLM_PYTHON is not None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     settings = ["--max-model-len", str(context), "--max-num-seqs", str(seqs), "--dtype", dtype, "--enforce-eager"]
     caching = ["--enable-prefix-caching", "--block-size", "32", "--enable-prompt-tokens-details"]
     where = ["--host", "127.0.0.1", "--port", str(port), *(["--enable-scale-out"] if native else [])]
@@ -89,12 +90,61 @@ def vllm_server(
         "PATH": os.pathsep.join((str(Path(VLLM_PYTHON).parent), os.environ.get("PATH", ""))),
     }
     args = [VLLM_PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(weights), *where, *settings, *caching]
+    with _serving("vllm", args, environment, port) as served:
+        yield served
+
+
+@contextmanager
+def sglang_server(weights: Path, *, seqs: int = 16, context: int = 2048) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Serve a folder of transformers weights with SGLang without its kernels (`sglang_cpu`); half a minute to start."""
+    assert SGLANG_PYTHON is not None
+    port = _free_port()
+    settings = {
+        "model-path": weights,
+        "host": "127.0.0.1",
+        "port": port,
+        "context-length": context,
+        "max-running-requests": seqs,
+        "max-total-tokens": seqs * context,
+        "dtype": "float32",
+        "device": "cpu",
+        "attention-backend": "torch_native",
+        "sampling-backend": "pytorch",
+        "grammar-backend": "none",
+        "cuda-graph-backend-decode": "disabled",
+        "cuda-graph-backend-prefill": "disabled",
+    }
+    flags = ["disable-overlap-schedule", "skip-tokenizer-init", "sleep-on-idle", "enable-metrics"]
+    flags.append("enable-deterministic-inference")
+    given = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    args = [SGLANG_PYTHON, "-P", str(Path(__file__).with_name("sglang_cpu.py")), *given, *(f"--{n}" for n in flags)]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+    }
+    environment.pop("PYTHONPATH", None)
+    with _serving("sglang", args, environment, port) as served:
+        yield served
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def _serving(
+    name: str, args: list[str], environment: dict[str, str], port: int
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             args, stdout=output, stderr=output, text=True, env=environment, start_new_session=True
         )
         with _ending(process):
-            _wait_for(f"http://127.0.0.1:{port}", process, output)
+            _wait_for(name, f"http://127.0.0.1:{port}", process, output)
             yield f"http://127.0.0.1:{port}", process
 
 
@@ -112,15 +162,15 @@ def _ending(process: subprocess.Popen[str]) -> Iterator[None]:
                 pipe.close()
 
 
-def _wait_for(url: str, process: subprocess.Popen[str], output: IO[str], seconds: float = 600.0) -> None:
+def _wait_for(name: str, url: str, process: subprocess.Popen[str], output: IO[str], seconds: float = 600.0) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if process.poll() is not None:
             output.seek(0)
-            raise AssertionError(f"vllm ended with {process.returncode} before it was ready: {output.read()[-2000:]}")
+            raise AssertionError(f"{name} ended with {process.returncode} before it was ready: {output.read()[-2000:]}")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
         except (OSError, urllib.error.URLError):
             time.sleep(1)
-    raise AssertionError(f"vllm was not ready after {seconds:.0f} s")
+    raise AssertionError(f"{name} was not ready after {seconds:.0f} s")

@@ -1,7 +1,7 @@
 """HTTP engines against real servers with the embedded model: `pytest -m servers`.
 
 llama-server comes with the embedded engine and always runs. vLLM, on both of its routes, where PLAIT_VLLM_PYTHON names
-the interpreter of an environment that has it.
+the interpreter of an environment that has it; SGLang, without its kernels, where PLAIT_SGLANG_PYTHON does.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import pytest
 pytest.importorskip("httpx2", reason="needs the http extra")
 
 import plait
+from plait.engines.affinity import affinity
 from plait.engines.http import HttpEngine, Timeouts
 from plait.engines.http.diagnosis import diagnose
-from plait.errors import EngineError, EngineTimeout, EngineUnavailable
+from plait.errors import ContextLengthError, EngineError, EngineTimeout, EngineUnavailable, RequestError
 from plait.events import TokensSampled
 from plait.formats import open_format
 from plait.formats.base import Branch, Fork, Join, ThreadOutcome
@@ -29,7 +30,7 @@ from plait.tasks.vocabulary import TOKENIZER
 from plait.testing.conformance import check_engine
 from plait.testing.strategies import ToyFormat
 from plait.types import Budget, Request, SamplingParams, StopReason
-from real_servers import VLLM_PYTHON, llama_server, served_gguf, vllm_server
+from real_servers import SGLANG_PYTHON, VLLM_PYTHON, llama_server, served_gguf, sglang_server, vllm_server
 
 # A vLLM takes a minute to start, several on a busy machine.
 pytestmark = [pytest.mark.anyio, pytest.mark.servers, pytest.mark.timeout(900)]
@@ -61,14 +62,29 @@ def llama(folder: Path) -> Iterator[str]:
 def vllm_weights(folder: Path) -> Path:
     if VLLM_PYTHON is None:
         pytest.skip("PLAIT_VLLM_PYTHON does not name the interpreter of an environment with vLLM")
+    return written(folder / "vllm")
+
+
+@pytest.fixture(scope="module")
+def sglang_weights(folder: Path) -> Path:
+    if SGLANG_PYTHON is None:
+        pytest.skip("PLAIT_SGLANG_PYTHON does not name the interpreter of an environment with SGLang")
+    return written(folder / "sglang")
+
+
+def written(folder: Path) -> Path:
     hf_weights = pytest.importorskip("hf_weights", reason="writes transformers weights: needs the train extra")
-    return hf_weights.write(plait.load_model(MODEL), folder / "hf")
+    return hf_weights.write(plait.load_model(MODEL), folder)
 
 
-@pytest.fixture(scope="module", params=["llama-server", "vllm native", "vllm completions"])
+@pytest.fixture(scope="module", params=["llama-server", "vllm native", "vllm completions", "sglang"])
 def url(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "llama-server":
         yield request.getfixturevalue("llama")
+        return
+    if request.param == "sglang":
+        with sglang_server(request.getfixturevalue("sglang_weights")) as (address, _):
+            yield address
         return
     weights = request.getfixturevalue("vllm_weights")
     with vllm_server(weights, native=request.param == "vllm native") as (address, _):
@@ -145,7 +161,9 @@ async def test_leaving_a_call_ends_it_on_a_real_server(url: str) -> None:
     async with HttpEngine(url) as engine:
         async with aclosing(engine.generate(((1, 2, 3),), SamplingParams(max_tokens=1900))) as chunks:
             await anext(chunks)
-            assert await engine.count_running() == 1
+            with anyio.fail_after(5):  # some set their gauge every so many steps only
+                while await engine.count_running() != 1:  # noqa: ASYNC110 - another process
+                    await anyio.sleep(0.02)
         with anyio.fail_after(5):
             while await engine.count_running():  # noqa: ASYNC110 - another process
                 await anyio.sleep(0.02)
@@ -216,18 +234,59 @@ async def test_a_vllm_that_is_killed_or_stalls_in_the_middle_of_a_fork_ends_the_
         os.killpg(process.pid, signal.SIGCONT)
         async with HttpEngine(url) as engine:
             assert len(await sampled(engine, (1, 2, 3), 2)) == 2
-        dies = process.pid if victim == "server" else engine_core(process.pid)
+        dies = process.pid if victim == "server" else child(process.pid, "EngineCore")
         await joins_nothing(url, EngineError, lambda: os.kill(dies, signal.SIGKILL))
         await is_gone(url)
 
 
-def engine_core(server: int) -> int:
-    """The process of a vLLM that computes."""
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("victim", ["server", "scheduler"])
+async def test_an_sglang_that_is_killed_or_stalls_in_the_middle_of_a_fork_ends_the_run_and_joins_nothing(
+    victim: str, sglang_weights: Path
+) -> None:
+    with sglang_server(sglang_weights) as (url, process):
+        await joins_nothing(url, EngineTimeout, lambda: os.killpg(process.pid, signal.SIGSTOP))
+        os.killpg(process.pid, signal.SIGCONT)
+        async with HttpEngine(url) as engine:
+            assert len(await sampled(engine, (1, 2, 3), 2)) == 2
+        dies = process.pid if victim == "server" else child(process.pid, "sglang::scheduler")
+        await joins_nothing(url, EngineError, lambda: os.kill(dies, signal.SIGKILL))
+        await is_gone(url)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_real_sglang_keeps_what_the_small_one_says_of_it(sglang_weights: Path) -> None:
+    """Limits, salts, and log-probabilities and seeds at a temperature."""
+    with sglang_server(sglang_weights, context=256) as (url, _):
+        async with HttpEngine(url) as engine:
+            assert (engine.max_context, engine.vocab_size) == (250, len(TOKENIZER.tokens))
+            with pytest.raises(RequestError, match="not in the vocabulary"):
+                await sampled(engine, (1, len(TOKENIZER.tokens)), 1)
+            prompt = tuple(n % TEXT_IDS for n in range(200))
+            reused: list[int] = []
+            for salt in ("a", "a", "b"):
+                before = engine.stats().reused_tokens
+                with affinity("key", cache_salt=salt):
+                    await sampled(engine, prompt, 2)
+                reused.append(engine.stats().reused_tokens - before)
+            assert reused == [0, len(prompt) - 1, 0]
+            assert len(await sampled(engine, (1,) * 249, 9)) == 1
+            engine.max_context = 10**6
+            for size in (250, 260):
+                with pytest.raises(ContextLengthError):
+                    await sampled(engine, (1,) * size, 1)
+        async with HttpEngine(url) as engine:
+            found = {check.name: check.holds for check in (await diagnose(engine, prefix_tokens=64)).checks}
+        assert False not in found.values()
+
+
+def child(server: int, title: str) -> int:
+    """The process that a server started and that computes."""
     for children in Path(f"/proc/{server}/task").glob("*/children"):
-        for child in children.read_text().split():
-            if "EngineCore" in Path(f"/proc/{child}/cmdline").read_text():
-                return int(child)
-    raise AssertionError("this vLLM has no engine core of its own")
+        for process in children.read_text().split():
+            if title in Path(f"/proc/{process}/cmdline").read_text():
+                return int(process)
+    raise AssertionError(f"{title} is no process of its own here")
 
 
 async def sampled(engine: HttpEngine, ids: tuple[int, ...], tokens: int) -> list[int]:
