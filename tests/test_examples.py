@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,18 +16,6 @@ from plait import tasks
 ROOT = Path(__file__).parent.parent / "examples"
 Output: TypeAlias = Callable[..., str]
 EXAMPLES = sorted(path.stem for path in ROOT.glob("*.py"))
-
-
-@pytest.fixture(autouse=True)
-def one_core() -> Iterator[None]:
-    """Threads of a step wait for each other busily; beside other tests one core is faster than two."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    yield
-    os.sched_setaffinity(0, before)
 
 
 @pytest.fixture
