@@ -463,9 +463,9 @@ async def test_all_engines_of_a_process_compute_in_one_thread_and_it_ends_with_t
 class Machine:
     """Steps on two cores: twice as fast with both where nothing else runs, 50 times as slow where something does."""
 
-    def __init__(self) -> None:
-        self.pace = Pace.of(None, model_bytes=10**6, cores=2)
-        self.busy = False
+    def __init__(self, *, load: float = 0.0) -> None:
+        self.pace = Pace.of(None, model_bytes=10**6, cores=2, load=load)
+        self.busy = load >= 2
         self.seconds = 0.0
         self.wasted = 0.0
 
@@ -504,6 +504,20 @@ def test_on_a_machine_that_is_busy_from_the_start_a_second_thread_is_tried_seldo
     machine.seconds = machine.wasted = 0.0
     assert machine.run(SIZES).count(1) > 2950
     assert machine.wasted < 0.06 * machine.seconds
+
+
+def test_where_others_fill_the_cores_the_first_seconds_are_for_one_thread() -> None:
+    machine = Machine(load=2.5)
+    assert machine.pace.best(30) == 1
+    chosen: list[int] = []
+    while machine.seconds < 2.9:
+        chosen += machine.run(SIZES[:10])
+    assert set(chosen) == {1}
+    assert machine.run(SIZES).count(1) > 2950
+    machine.busy = False
+    machine.run(SIZES)
+    assert machine.run(SIZES).count(2) > 2700, "it became idle"
+    assert machine.pace.best(30) == 2
 
 
 def test_nothing_else_is_tried_where_rows_cost_little() -> None:

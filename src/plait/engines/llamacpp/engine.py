@@ -113,7 +113,7 @@ class LlamaCppEngine(InProcessEngine):
             flash_attention = cache == "F16" and self.max_context <= _SHORT
         self.max_active = max(1, min(max_seqs // 2, self._cells // _THREAD_CELLS))
         """Calls that fit at once, with the contexts they came from; more wait for room."""
-        self._pace = Pace.of(threads, model_bytes=Path(path).stat().st_size, cores=_cores())
+        self._pace = Pace.of(threads, model_bytes=Path(path).stat().st_size, cores=_cores(), load=_load())
         self._options: dict[str, Any] = {"flash": flash_attention, "wide_cache": cache == "F32"}
         self._max_seqs, self._keep, self._prefill_rows, self._flush_s = max_seqs, keep, prefill_rows, flush_s
         self._speculate = speculate
@@ -178,3 +178,8 @@ class LlamaCppEngine(InProcessEngine):
 def _cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load() -> float:
+    """How many threads have wanted to run in the last minute, on the whole machine."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

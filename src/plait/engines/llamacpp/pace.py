@@ -3,7 +3,8 @@
 A second thread makes a step of several rows faster on an idle machine and many times slower on a busy one, where each
 operation waits for a thread that is not running. Nobody can know beforehand, so it is measured as the work goes on.
 Trials of what was slower may only take a small share of the time; and a step that takes several times as long as it
-did, or as short, says that the machine changed, which then counts for steps of all sizes.
+did, or as short, says that the machine changed, which then counts for steps of all sizes. Where as much runs as there
+are cores when the engine opens, it begins with one thread, and tries another when it has worked for some seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ _TRIALS = 1 / 30
 """Share of the time that may go into trials: one that takes long, as on a busy machine, is not repeated soon."""
 _CHANGED = 3.0
 """Times as long as before, or as short, from which on what other steps took is not to be relied on."""
+_SETTLED_S = 3.0
+"""Work after which more threads may be tried than ever were: on a busy machine one such step can take a second."""
 _WEIGHT = 0.3
 _FADES = 0.999
 _GOOD = 0.35
@@ -41,13 +44,17 @@ class Pace:
         """Lately."""
 
     @classmethod
-    def of(cls, threads: int | None, *, model_bytes: int, cores: int) -> Pace:
-        """What was asked for; by default what suits the size of the model."""
+    def of(cls, threads: int | None, *, model_bytes: int, cores: int, load: float = 0.0) -> Pace:
+        """What was asked for; by default what suits the size of the model.
+
+        Args:
+            load: How many threads of others want to run.
+        """
         if threads is not None:
             return cls(one=threads, several=(threads,))
         if model_bytes > _SMALL:
             return cls(one=cores, several=(cores,))
-        return cls(one=1, several=(2, 1) if cores > 1 else (1,))
+        return cls(one=1, several=(1,) if cores == 1 else (2, 1) if load < cores else (1, 2))
 
     def choose(self, rows: int) -> int:
         """Threads for the next steps of so many rows."""
@@ -63,8 +70,14 @@ class Pace:
             return ranked[0]
         untried = [n for n in ranked if (rows, n) not in self._seconds]
         threads = untried[0] if untried else ranked[-1]
+        if threads > ranked[0] and self._all_s < _SETTLED_S and all(n != threads for _, n in self._seconds):
+            return ranked[0]
         self.tries = threads != ranked[0]
         return threads
+
+    def best(self, rows: int) -> int:
+        """Threads for a step of so many rows that is not to try anything."""
+        return self.one if rows == 1 else self._ranked(rows)[0]
 
     def record(self, rows: int, threads: int, seconds: float, *, steps: int = 1) -> None:
         """Steps of so many rows took these seconds together."""

@@ -289,6 +289,7 @@ class Scheduler(scheduler.Scheduler[Call]):
             return
         self._rows = slots
         fed = self._compose(slots)
+        self._decoder.set_threads(self._rows, self._pace.best(self._rows))
         start = perf_counter()
         code = self._decoder.decode(self._rows) if self._rows else 0
         if code:
