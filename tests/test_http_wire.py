@@ -471,3 +471,13 @@ async def test_a_page_that_is_compressed_or_has_no_end_is_refused(
         with pytest.raises(EngineProtocolError, match=says):
             await client.get(url)
         await client.aclose()
+
+
+async def test_an_error_whose_page_does_not_come_is_told_by_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plait.engines.http.client._ERROR_S", 0.05)
+    server = Said([b"HTTP/1.1 503 Not Now\r\ncontent-length: 9\r\n\r\nfull"])
+    client = Client(timeouts=Timeouts(), api_key=None, secure=False)
+    async with server.serve() as url:
+        with pytest.raises(EngineUnavailable, match="answered 503"):
+            await anext(client.events(url, {}, {}, Wait(40, "nothing came")))
+        await client.aclose()

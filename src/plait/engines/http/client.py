@@ -13,6 +13,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
+
 from plait.engines.http.base import Json
 from plait.engines.http.wire import Answer, Pool, Wait
 from plait.errors import (
@@ -31,6 +33,8 @@ _TOO_LONG = (
 )
 """What servers say of a prompt that does not fit; there is no common code for it."""
 _MOST_ERROR_BYTES = 1 << 16
+_ERROR_S = 2.0
+"""How long the page is waited for that says why; the status has said that it is an error."""
 _MOST_EVENT_BYTES = 1 << 20
 _MOST_PAGE_BYTES = 1 << 24
 
@@ -230,8 +234,9 @@ def _check_plain(url: str, answer: Answer) -> None:
 async def _beginning(answer: Answer) -> bytes:
     """As much of an error page as is worth reading."""
     data = b""
-    while len(data) < _MOST_ERROR_BYTES and (part := await answer.part()):
-        data += part
+    with anyio.move_on_after(_ERROR_S):
+        while len(data) < _MOST_ERROR_BYTES and (part := await answer.part()):
+            data += part
     return data[:_MOST_ERROR_BYTES]
 
 
