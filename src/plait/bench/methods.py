@@ -192,6 +192,10 @@ def _branches(format: TrajectoryFormat, ids: tuple[int, ...]) -> tuple[tuple[int
     return tuple(branch.header_ids for branch in fork.branches) if isinstance(fork, Fork) else ()
 
 
+_ADDED = ("threads", "num_forks", "total_tokens", "reread_tokens")
+_LONGEST = ("critical_path_tokens", "token_latency", "longest_context_tokens")
+
+
 def combined(samples: Sequence[Record], method: Method, problem: Problem, *, wall_s: float | None = None) -> Record:
     """One record of runs of a problem that ran at the same time.
 
@@ -205,13 +209,6 @@ def combined(samples: Sequence[Record], method: Method, problem: Problem, *, wal
     answers = [s.answer if s.stop == StopReason.EOS else None for s in samples]
     answer = answers[0] if method.take is None else method.take(problem, answers)
     forked = any(s.forked for s in samples)
-
-    def total(name: str) -> int:
-        return sum(getattr(s, name) for s in samples)
-
-    def longest(name: str) -> int:
-        return max(getattr(s, name) for s in samples)
-
     return replace(
         samples[0],
         method=method.name,
@@ -221,13 +218,8 @@ def combined(samples: Sequence[Record], method: Method, problem: Problem, *, wal
         right=answer is not None and _graded(problem, answer),
         forked=forked,
         decision_right=forked == problem.forks,
-        threads=total("threads"),
-        num_forks=total("num_forks"),
-        total_tokens=total("total_tokens"),
-        reread_tokens=total("reread_tokens"),
-        critical_path_tokens=longest("critical_path_tokens"),
-        token_latency=longest("token_latency"),
-        longest_context_tokens=longest("longest_context_tokens"),
+        **{name: sum(getattr(s, name) for s in samples) for name in _ADDED},
+        **{name: max(getattr(s, name) for s in samples) for name in _LONGEST},
         wall_s=max(s.wall_s for s in samples) if wall_s is None else round(wall_s, 6),
         stop=str(StopReason.EOS) if any(a is not None for a in answers) else samples[0].stop,
     )

@@ -59,30 +59,26 @@ class Summary:
     """Total over critical path, ratio of sums. Not a speedup: the twin writes fewer tokens."""
 
 
+_MEANS = (
+    *("forked", "threads", "total_tokens", "critical_path_tokens", "token_latency", "longest_context_tokens"),
+    *("reread_tokens", "wall_s"),
+)
+"""What a summary has of its records under their own names."""
+
+
 def summary(records: Sequence[Record]) -> Summary:
     n = len(records)
     right = sum(r.right for r in records)
     low, high = wilson(right, n)
     path = sum(r.critical_path_tokens for r in records)
-
-    def mean(name: str) -> float:
-        return sum(getattr(r, name) for r in records) / n if n else 0.0
-
     return Summary(
         n=n,
         right=right,
-        accuracy=mean("right"),
+        accuracy=right / max(1, n),
         accuracy_low=low,
         accuracy_high=high,
-        forked=mean("forked"),
-        fork_right=mean("decision_right"),
-        threads=mean("threads"),
-        total_tokens=mean("total_tokens"),
-        critical_path_tokens=mean("critical_path_tokens"),
-        token_latency=mean("token_latency"),
-        longest_context_tokens=mean("longest_context_tokens"),
-        reread_tokens=mean("reread_tokens"),
-        wall_s=mean("wall_s"),
+        fork_right=sum(r.decision_right for r in records) / max(1, n),
+        **{name: sum(getattr(r, name) for r in records) / max(1, n) for name in _MEANS},
         wall_median_s=statistics.median(r.wall_s for r in records) if n else 0.0,
         self_parallelism=sum(r.total_tokens for r in records) / path if path else 1.0,
     )
