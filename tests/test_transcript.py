@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from plait import tasks
@@ -81,6 +81,8 @@ def test_the_finished_text_is_the_same_whatever_the_timing(name: str, question: 
     marks=st.lists(st.text("Answer: ", min_size=1, max_size=8), max_size=3),
     cuts=st.lists(st.integers(0, 30), max_size=6),
 )
+@example(text="A::", marks=[":", "A::"], cuts=[2])  # one ends before another that began earlier
+@example(text="A:", marks=[":", "A::"], cuts=[])
 def test_a_mark_is_found_however_the_text_is_cut(text: str, marks: list[str], cuts: list[int]) -> None:
     whole = Cut(marks)
     expected = whole.put(text)

@@ -180,19 +180,24 @@ class Cut:
         if self.found is not None:
             return "", text
         text = self._held + text
-        places = [(at, mark) for mark in self._marks if (at := text.find(mark)) >= 0]
-        if places:
-            at, self.found = min(places)
-            self._held = ""
-            return text[:at], text[at + len(self.found) :]
-        keep = max((_overlap(text, mark) for mark in self._marks), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], ""
+        at, mark = self._first(text)
+        begun = len(text) - max((_overlap(text, mark) for mark in self._marks), default=0)
+        # One that began earlier, and has not ended yet, would be the first.
+        if mark is not None and at <= begun:
+            self.found, self._held = mark, ""
+            return text[:at], text[at + len(mark) :]
+        self._held = text[begun:]
+        return text[:begun], ""
 
     def rest(self) -> str:
-        """What was held back, when nothing more comes."""
+        """What was held back, up to a mark in it, when nothing more comes."""
         text, self._held = self._held, ""
-        return text
+        at, self.found = (len(text), self.found) if self.found is not None else self._first(text)
+        return text[:at]
+
+    def _first(self, text: str) -> tuple[int, str | None]:
+        """Where the first mark begins, and which it is; the end of the text, and None, where there is none."""
+        return min(((at, mark) for mark in self._marks if (at := text.find(mark)) >= 0), default=(len(text), None))
 
 
 def _overlap(text: str, mark: str) -> int:
