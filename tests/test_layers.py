@@ -20,7 +20,7 @@ LAYERS = (
     ("events",),
     ("tree",),
     ("tokenizer",),
-    ("log", "formats", "engines"),
+    ("log", "formats", "engines", "spelling"),
     ("budget", "channel"),
     ("session",),
     ("testing",),

@@ -19,8 +19,9 @@ from plait import tasks
 from plait.events import Event
 from plait.models import Model, gold_model
 from plait.session import open_run
+from plait.spelling import describe
 from plait.terminal.plain import PlainView, plain_lines
-from plait.terminal.reading import Block, Plan, Reader, Said, describe, reader_of
+from plait.terminal.reading import Block, Plan, Reader, Said, reader_of
 from plait.terminal.screen import Screen, _spread, replay
 from plait.terminal.timeline import draw, timeline
 from plait.terminal.truth import Cost, comparison, truth, wall

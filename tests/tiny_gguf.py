@@ -7,8 +7,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from plait.spelling import describe
 from plait.tasks.vocabulary import TOKENIZER
-from plait.terminal.reading import describe
 
 
 def string(text: str) -> bytes:

@@ -52,6 +52,9 @@ class SegmentStarted:
     starts from a message alone has 0; where a message join takes a block's place, what was before the block stays."""
     t: float = 0.0
     """Seconds since the run started; not part of the tree's identity."""
+    texts: tuple[str | None, ...] = ()
+    """What each forced id adds to the segment's text, where the log does not hold the vocabulary; else empty. None
+    stands for a part of a character that a later token finishes, or nobody (`plait.spelling`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,8 @@ class TokensSampled:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     t: float = 0.0
+    texts: tuple[str | None, ...] = ()
+    """What each id adds to the segment's text; as in `SegmentStarted`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +115,8 @@ _TYPES: dict[str, type[Any]] = {
 def encode(event: Event) -> str:
     """One line of JSON, without the newline."""
     data = {f.name: getattr(event, f.name) for f in fields(event)}
+    if not data.get("texts"):
+        data.pop("texts", None)
     return json.dumps({"event": type(event).__name__, **data}, separators=(",", ":"))
 
 
@@ -128,8 +135,18 @@ def decode(line: str) -> Event:
         if "stop" in data:
             data["stop"] = StopReason(data["stop"])
         event: Event = cls(**data)
+        if isinstance(event, SegmentStarted | TokensSampled) and event.texts:
+            _check_texts(event)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise TreeError(f"not an event of schema {SCHEMA_VERSION}: {line[:80]!r} ({exc})") from exc
     if isinstance(event, RunStarted) and event.schema != SCHEMA_VERSION:
         raise TreeError(f"the log has schema {event.schema}, this Plait reads {SCHEMA_VERSION}")
     return event
+
+
+def _check_texts(event: SegmentStarted | TokensSampled) -> None:
+    ids = event.forced_ids if isinstance(event, SegmentStarted) else event.token_ids
+    pairs = zip(ids, event.texts, strict=True)
+    typed = all(isinstance(id, int) and isinstance(text, str | None) for id, text in pairs)
+    if not typed or not isinstance(event.texts, tuple):
+        raise ValueError("texts must be texts or null, and as many as there are ids")

@@ -24,8 +24,8 @@ from plait.commands.settings import overrides, with_knobs
 from plait.errors import RequestError
 from plait.events import Event, RunStarted
 from plait.log import RunLog
+from plait.spelling import Spelling, describe
 from plait.tasks import Problem, Split
-from plait.terminal.reading import describe
 from plait.terminal.truth import wall
 from plait.types import Budget
 
@@ -142,14 +142,16 @@ def _kept(
 
 def _logging(log: RunLog, sides: Sequence[Side]) -> OnRun:
     """Write each run with what makes it readable without its model."""
-    tokenizers = {choice.model.id: describe(choice.model.tokenizer) for choice, _ in sides}
+    models = {choice.model.id: choice.model for choice, _ in sides}
+    described = {id: describe(model.tokenizer, model.format.tags()) for id, model in models.items()}
 
     def on_run(problem: Problem, model: str, events: Sequence[Event]) -> None:
         about = {"question": problem.question, "family": problem.family, "prompt": problem.prompt, "model": model}
+        spelling = Spelling(models[model].tokenizer)
         for event in events:
             if isinstance(event, RunStarted):
-                event = replace(event, meta={**event.meta, **about, "tokenizer": tokenizers[model]})
-            log.write(event)
+                event = replace(event, meta={**event.meta, **about, "tokenizer": described[model]})
+            log.write(spelling.spell(event))
 
     return on_run
 

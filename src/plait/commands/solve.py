@@ -23,9 +23,10 @@ from plait.formats.base import TrajectoryFormat
 from plait.log import RunLog
 from plait.models import NAMES, Model, twin_name
 from plait.session import open_run
+from plait.spelling import Spelling, describe
 from plait.tasks import Problem
 from plait.terminal.plain import PlainView
-from plait.terminal.reading import Reader, describe, seconds
+from plait.terminal.reading import Reader, seconds
 from plait.terminal.truth import Cost, comparison, ratios, truth
 from plait.tree import Tree
 from plait.types import Budget, Request
@@ -219,9 +220,12 @@ class _Solve:
     async def _opened_run(self, side: _Side, events: list[Event]) -> AsyncIterator[tuple[Any, Any]]:
         """A run whose every event is kept and logged, also when it is left early."""
 
+        spelling = Spelling(side.model.tokenizer)
+
         def take(event: Event) -> None:
             events.append(event)
-            self._write(event)
+            if self.log is not None:
+                self._write(spelling.spell(event))
 
         request, meta = self._request(side), self._meta(side)
         run = None
@@ -255,7 +259,7 @@ class _Solve:
             "model": side.model.id,
             "temperature": self.options.temperature,
             "started_unix_s": round(time.time(), 3),
-            "tokenizer": describe(side.model.tokenizer),
+            "tokenizer": describe(side.model.tokenizer, side.format.tags()),
         }
 
     async def _truths(self, side: _Side, result: _Result) -> tuple[list[str], Tree | None]:

@@ -10,6 +10,7 @@ from typing import Any
 from plait.errors import TreeError
 from plait.events import Event
 from plait.log import read_log, split_runs
+from plait.spelling import readable
 from plait.terminal.plain import plain_lines
 from plait.terminal.reading import Reader, reader_of, seconds
 from plait.terminal.truth import Cost, truth
@@ -29,7 +30,7 @@ def show(path: str, *, as_json: bool = False, wire: bool = False, lanes: bool | 
         LogError: The file cannot be read.
         TreeError: It is not a log, or contradicts itself.
     """
-    runs = split_runs(read_log(path))
+    runs = [readable(run) for run in split_runs(read_log(path))]
     if not runs:
         raise TreeError(f"{path} holds no whole event; is it a log that `plait solve --trace` wrote?")
     for number, events in enumerate(runs):

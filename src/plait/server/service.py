@@ -31,7 +31,7 @@ from plait.server.schemas import PlaitOptions, SampledRequest
 from plait.server.traces import Trace, Traces
 from plait.server.transcript import ANSWER, ROOT
 from plait.session import Run, open_run
-from plait.terminal.reading import describe
+from plait.spelling import Spelling, describe
 from plait.tree import Tree
 from plait.types import Request, StopReason
 
@@ -439,7 +439,8 @@ class Asked:
         if not options.trace:
             return None
         id = f"run_{secrets.token_hex(12)}"
-        trace = Trace(id=id, client=self.client.name, model=served.name, question=question[:2000])
+        spelling = Spelling(served.model.tokenizer)
+        trace = Trace(id=id, client=self.client.name, model=served.name, question=question[:2000], spelling=spelling)
         self.service.traces.add(trace)
         return trace
 
@@ -468,7 +469,7 @@ def _meta(served: Served, request: Request, trace: Trace) -> dict[str, Any]:
         **asked,
         "model": model.id,
         "temperature": request.temperature,
-        "tokenizer": describe(model.tokenizer),
+        "tokenizer": describe(model.tokenizer, served.format.tags()),
     }
 
 

@@ -16,6 +16,7 @@ import anyio
 from plait.events import Event, encode
 from plait.server.keys import Client
 from plait.server.refusal import Refusal
+from plait.spelling import Spelling
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -26,6 +27,7 @@ class Trace:
     client: str
     model: str
     question: str
+    spelling: Spelling
     created: int = field(default_factory=lambda: int(time.time()))
     lines: list[str] = field(default_factory=list[str])
     closing: list[tuple[str, dict[str, Any]]] = field(default_factory=list[tuple[str, dict[str, Any]]])
@@ -34,7 +36,7 @@ class Trace:
     _changed: anyio.Event = field(default_factory=anyio.Event)
 
     def write(self, event: Event) -> None:
-        self.lines.append(encode(event))
+        self.lines.append(encode(self.spelling.spell(event)))
         self._wake()
 
     def end(self, closing: list[tuple[str, dict[str, Any]]]) -> None:

@@ -13,7 +13,8 @@ from plait.errors import PlaitError
 from plait.events import Event, RunStarted, ThreadForked
 from plait.formats import open_format
 from plait.formats.base import TrajectoryFormat
-from plait.tokenizer import FixedTokenizer, Tokenizer, Vocabulary
+from plait.spelling import LogVocabulary
+from plait.tokenizer import FixedTokenizer, Tokenizer
 from plait.tree import Segment, ThreadInfo, Tree
 from plait.types import StopReason
 
@@ -98,7 +99,7 @@ class Reader:
         assert self._tokenizer is not None
         if id not in self._pieces:
             self._pieces[id] = self._tokenizer.decode((id,))
-        return self._tokenizer.control_id(self._pieces[id]) is not None
+        return self._tokenizer.control_id(self._pieces[id]) == id
 
     def wire(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens and all."""
@@ -173,18 +174,15 @@ def seconds(events: Sequence[Event]) -> float:
     return max((event.t for event in events if not isinstance(event, (RunStarted, ThreadForked))), default=0.0)
 
 
-def describe(tokenizer: Vocabulary) -> dict[str, Any]:
-    """A tokenizer as plain values, for a log's meta: a trace is then readable without the model.
-
-    Nothing for one that is more than a list of texts; such a trace shows ids.
-    """
-    return tokenizer.to_dict() if isinstance(tokenizer, FixedTokenizer) else {}
-
-
 def reader_of(meta: dict[str, Any]) -> Reader:
-    """The reader for a log's meta; what the meta does not say is shown as ids and plain text."""
+    """The reader for a run's meta; what the meta does not say is shown as ids and plain text.
+
+    Args:
+        meta: Of a run as `plait.spelling.readable` gives it.
+    """
     try:
-        tokenizer = FixedTokenizer.from_dict(meta["tokenizer"])
+        about = meta["tokenizer"]
+        tokenizer = about if isinstance(about, LogVocabulary) else FixedTokenizer.from_dict(about)
     except (KeyError, TypeError, AssertionError):
         return Reader(None, None)
     try:

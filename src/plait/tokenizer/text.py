@@ -71,19 +71,23 @@ class TextTokenizer:
     def control_id(self, text: str) -> int | None:
         return self._control.get(text)
 
-    def words(self, ids: Iterable[int]) -> dict[str, Any]:
-        """The vocabulary as a list of distinct texts, for logs; ids other than these are called by their numbers."""
-        needed = {*ids, *self.bos_ids, *self.eos_ids}
-        texts = [f"<{id}>" for id in range(max(needed) + 1)]
-        taken = {""}
-        for id in sorted(needed):
-            text = self.decode([id])
-            if text not in taken:
-                texts[id] = text
-                taken.add(text)
-        end = texts[self.eos_ids[0]]
-        opening = texts[self.bos_ids[0]] if self.bos_ids else end
-        return {"tokens": texts, "control": sorted(self.control & taken), "bos": opening, "eos": end}
+    def is_control(self, id: int) -> bool:
+        return id in self._control_ids
+
+    def about(self, tags: Iterable[str] = ()) -> dict[str, Any]:
+        """What a log says of it: ids of control tokens by their texts, what opens a prompt, what ends a text.
+
+        Args:
+            tags: Control tokens of a format. Others that are said are those of the chat template, and the ends; some
+                vocabularies have thousands that nobody writes.
+        """
+        needed, ends = set(tags), {*self.bos_ids, *self.eos_ids}
+        control = {
+            text: id
+            for text, id in sorted(self._control.items(), key=lambda item: item[1])
+            if text in needed or id in ends or text in (self._template or "")
+        }
+        return {"control": control, "bos": list(self.bos_ids), "eos": list(self.eos_ids)}
 
     def prompt_ids(self, messages: str | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """A prompt: messages by the chat template, into which a text is put as one of a user. Without a template the

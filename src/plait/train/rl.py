@@ -28,6 +28,7 @@ from plait.errors import EngineError, Failures
 from plait.events import RunStarted
 from plait.formats import format_class, open_format
 from plait.log import write_log
+from plait.spelling import Spelling, describe
 from plait.train import checkpoint, machine
 from plait.train.config import to_toml
 from plait.train.display import Say
@@ -311,7 +312,7 @@ class _Run:
         folder = self.loop.out / "samples"
         folder.mkdir(exist_ok=True)
         for group in judged[: self.config.log.samples]:
-            chosen, tree = group[0], group[0].rollout.tree
+            chosen, spelling = group[0], Spelling(self.tokenizer)
             started, *rest = chosen.rollout.events or (None,)
             if not isinstance(started, RunStarted):
                 continue
@@ -321,10 +322,11 @@ class _Run:
                 "reward": chosen.reward,
                 "parts": chosen.parts,
                 "versions": chosen.rollout.versions,
-                "tokenizer": self.learner.words(frozenset(id for s in tree.segments.values() for id in s.token_ids)),
+                "tokenizer": describe(self.tokenizer, self.format.tags()),
             }
             name = chosen.rollout.id.replace("/", "_")
-            write_log([replace(started, meta=meta), *rest], folder / f"step{step:06d}_{name}.jsonl")
+            spelled = map(spelling.spell, [replace(started, meta=meta), *rest])
+            write_log(spelled, folder / f"step{step:06d}_{name}.jsonl")
 
     # Evaluation
 

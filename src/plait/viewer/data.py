@@ -17,6 +17,7 @@ from plait.bench.metrics import wilson
 from plait.errors import LogError, TreeError
 from plait.events import Event, RunStarted, SegmentEnded, SegmentStarted, ThreadsCut, TokensSampled
 from plait.log import read_log, split_runs
+from plait.spelling import LogVocabulary, readable
 from plait.terminal.reading import Reader, reader_of, seconds
 from plait.tree import Tree
 from plait.types import StopReason
@@ -87,6 +88,7 @@ def describe_run(
     Raises:
         TreeError: The events contradict each other.
     """
+    events = readable(events)
     return _described(events, Tree.from_events(events), name, answer, right)
 
 
@@ -103,7 +105,7 @@ def read_views(paths: Iterable[str | Path], *, judge: Judge | None = None) -> Vi
         if _is_records(path):
             data.records += [_row(record) for record in read_records(path)]
             continue
-        runs = split_runs(read_log(path))
+        runs = [readable(run) for run in split_runs(read_log(path))]
         if not runs:
             raise TreeError(f"{path} holds no whole event; is it a log that `plait solve --trace` wrote?")
         for number, events in enumerate(runs, 1):
@@ -237,12 +239,18 @@ def _upto(chunks: list[list[float]], num_tokens: int) -> list[list[float]]:
 
 
 def _pieces(tree: Tree, reader: Reader) -> dict[str, Any] | None:
-    """Text of every id that the run holds, and which ids are control tokens; None where the log does not say."""
+    """Text of every id that the run holds, and which ids are control tokens; None where the log does not say.
+
+    Where a log's own vocabulary has numbers that are not ids, which they are.
+    """
     if reader.tokenizer is None:
         return None
     ids = sorted({id for s in tree.segments.values() for id in s.token_ids})
     texts = {id: reader.wire((id,)) for id in ids}
+    vocabulary = reader.tokenizer
+    others = {str(n): id for n, id in vocabulary.ids.items()} if isinstance(vocabulary, LogVocabulary) else {}
     return {
         "texts": {str(id): text for id, text in texts.items()},
         "control": [id for id in ids if texts[id] and not reader.text((id,))],
+        **({"ids": others} if others else {}),
     }

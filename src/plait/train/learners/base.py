@@ -120,9 +120,5 @@ class Learner(ABC):
         """Number type and device of an engine over these weights."""
 
     @abstractmethod
-    def words(self, ids: frozenset[int]) -> dict[str, Any]:
-        """The vocabulary as a log says it, as far as these ids need it."""
-
-    @abstractmethod
     def export(self, out: Path, *, config: Mapping[str, Any], scores: Mapping[str, Any]) -> Path:
         """Write the weights into a run folder for other tools; every process is asked."""

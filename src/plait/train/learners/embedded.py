@@ -103,9 +103,6 @@ class Embedded(Learner):
     def engine_options(self) -> dict[str, Any]:
         return {"dtype": "float32"}
 
-    def words(self, ids: frozenset[int]) -> dict[str, Any]:
-        return self.words_of.to_dict()
-
     def export(self, out: Path, *, config: Mapping[str, Any], scores: Mapping[str, Any]) -> Path:
         about = checkpoint.description(config, scores=scores, tokenizer=self.words_of)
         checkpoint.export_gguf(out / "model.gguf", self.decoder, about=about, dtype=self._export)

@@ -102,9 +102,6 @@ class PretrainedLearner(Learner):
         half = self.pretrained.bf16 or self._base.dtype == "bfloat16"
         return {"dtype": "bfloat16" if half else "float32", "device": str(self.pretrained.device)}
 
-    def words(self, ids: frozenset[int]) -> dict[str, Any]:
-        return self.pretrained.tokenizer.words(ids)
-
     def export(self, out: Path, *, config: Mapping[str, Any], scores: Mapping[str, Any]) -> Path:
         model = self.pretrained
         if self._ranks.count > 1:

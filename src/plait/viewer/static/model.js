@@ -74,6 +74,9 @@ class Run {
     this.segments = new Map();
     this.threads = new Map();
     this.labels = new Map();
+    // Of a live run whose events say texts: control tokens, and numbers for pairs of id and text.
+    this._named = {};
+    this._others = new Map();
     this.setPieces(about.pieces || null);
     const infos = new Map((about.threads || []).map((info) => [info.name, info]));
     for (const info of infos.values()) this.labels.set(info.name, info.label);
@@ -93,6 +96,7 @@ class Run {
   setPieces(pieces) {
     this._texts = pieces ? pieces.texts : null;
     this._control = new Set(pieces ? pieces.control : []);
+    this._ids = pieces && pieces.ids ? pieces.ids : {};
   }
 
   // Whether ids have texts; else they are shown as they are.
@@ -105,6 +109,25 @@ class Run {
 
   control(id) { return this._control.has(id); }
 
+  // The id that the model knows a token by: see `_numbered`.
+  idOf(number) { return this._ids[number] ?? number; }
+
+  // Ids of an event that says their texts, as `readable` in plait.spelling numbers them: an id whose text depends on
+  // where it stands has a further number, below zero, for each other text.
+  _numbered(ids, texts) {
+    if (!texts) return ids;
+    if (!this._texts) this.setPieces({ texts: { ...this._named }, control: Object.keys(this._named).map(Number) });
+    return ids.map((id, i) => {
+      const text = texts[i] ?? '', key = `${id} ${text}`;
+      if (this._control.has(id) || (this._texts[id] ??= text) === text) return id;
+      if (!this._others.has(key)) this._others.set(key, -2 - this._others.size);
+      const number = this._others.get(key);
+      this._texts[number] = text;
+      this._ids[number] = id;
+      return number;
+    });
+  }
+
   // Fold one event of a live run.
   apply(event) {
     switch (event.event) {
@@ -116,6 +139,8 @@ class Run {
           const control = new Set(about.control || []);
           const ids = about.tokens.map((text, id) => (control.has(text) ? id : -1)).filter((id) => id >= 0);
           this.setPieces({ texts: about.tokens, control: ids });
+        } else if (about && about.control) {
+          for (const [text, id] of Object.entries(about.control)) this._named[id] = text;
         }
         break;
       }
@@ -124,13 +149,13 @@ class Run {
         break;
       case 'SegmentStarted':
         this._add(new Segment({
-          id: event.id, parent: event.parent, forced: event.forced_ids || [], joins: event.joins || [],
+          id: event.id, parent: event.parent, forced: this._numbered(event.forced_ids || [], event.texts), joins: event.joins || [],
           join: event.join, keep: event.keep, t: [event.t, event.t],
         }));
         break;
       case 'TokensSampled': {
         const segment = this.segments.get(event.id);
-        for (const id of event.token_ids) segment.sampled.push(id);
+        for (const id of this._numbered(event.token_ids, event.texts)) segment.sampled.push(id);
         for (const p of event.logprobs) segment.logprobs.push(p);
         segment.chunks.push([event.token_ids.length, event.t]);
         segment.t[1] = event.t;

@@ -236,7 +236,7 @@ function tokenHead(run, segment, token) {
   const id = segment.token(token), p = segment.logprob(token);
   const shown = run.text(id).replace(/\n/g, '\u21b5').replace(/ /g, '\u2423') || '(empty)';
   const by = segment.inserted(token) ? 'inserted by the runtime' : 'sampled by the model';
-  const who = el('div', { class: 'who' }, el('p', {}, by, el('small', {}, `id ${id}`)));
+  const who = el('div', { class: 'who' }, el('p', {}, by, el('small', {}, `id ${run.idOf(id)}`)));
   if (p !== null) who.append(run.weighed ? chance(p) : el('p', { class: 'dim' }, 'probabilities were not logged'));
   return el('div', { class: 'about' }, el('div', { class: 'token' }, shown), who);
 }
