@@ -13,8 +13,8 @@ from time import perf_counter
 import anyio
 from blocks import SEPARATOR, headers
 
+from plait.engines.inprocess.worker import WORKER
 from plait.engines.llamacpp.binding import Decoder, Model
-from plait.engines.worker import WORKER
 
 _ROWS = 512
 

@@ -268,7 +268,7 @@ async def test_questions_without_sense_are_not_blamed_on_the_engine(options: dic
 
 
 async def test_questions_that_do_not_fit_are_not_blamed_on_the_engine() -> None:
-    with pytest.raises(RequestError, match="max_context is 32; .* ask for 33 positions"):
+    with pytest.raises(RequestError, match=r"max_context is 32; .* ask for 33 positions"):
         await check_engine(lambda: make(max_context=32), vocab_size=50)
     await check_engine(lambda: make(max_context=33), vocab_size=50)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from plait.engines import open_engine
+from plait.engines.inprocess.sampling import Sampler, uniforms
 from plait.engines.llamacpp import LlamaCppEngine
-from plait.engines.sampling import Sampler, uniforms
 from plait.errors import EngineError, RequestError
 from plait.models import load_model
 from plait.types import SamplingParams

@@ -49,7 +49,7 @@ HEAVY = {
     "safetensors": ("engines/torch/checkpoint.py",),
     "tokenizers": ("tokenizer/fast.py", "tokenizer/parts.py"),
     "jinja2": ("tokenizer/chat.py",),
-    "numpy": ("engines/llamacpp", "engines/torch", "engines/inprocess.py", "engines/sampling.py", "train"),
+    "numpy": ("engines/llamacpp", "engines/torch", "engines/inprocess", "train"),
     "rich": ("terminal", "commands", "cli.py", "train/display.py"),
     "fastapi": ("server",),
     "starlette": ("server",),

@@ -144,7 +144,7 @@ async def fork(
 
 
 def _joined(context: Context) -> Context:
-    from plait.engines.calls import normalise
+    from plait.engines.inprocess.calls import normalise
 
     return normalise(context)
 

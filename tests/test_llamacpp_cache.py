@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.engines.calls import normalise
+from plait.engines.inprocess.calls import normalise
 from plait.engines.llamacpp.cache import MIN_SPLIT, Cache, Seq
 from plait.types import Context, Merge
 

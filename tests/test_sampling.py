@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.engines import sampling
-from plait.engines.sampling import Sampler
+from plait.engines.inprocess import sampling
+from plait.engines.inprocess.sampling import Sampler
 from plait.types import SamplingParams
 
 WEIGHTS = st.lists(st.sampled_from([0.0, 1e-8, 1e-4, 0.25, 0.5, 1.0]), min_size=1, max_size=40).map(lambda w: [1.0, *w])

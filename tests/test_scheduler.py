@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import plait
-from plait.engines.calls import Call, Delivery, num_common
-from plait.engines.scheduler import Scheduler
-from plait.engines.worker import Worker
+from plait.engines.inprocess.calls import Call, Delivery, num_common
+from plait.engines.inprocess.scheduler import Scheduler
+from plait.engines.inprocess.worker import Worker
 from plait.errors import EngineError, EngineUnavailable
 from plait.types import SamplingParams, StopReason
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tiny_llama
 from plait.engines.base import EngineStats
-from plait.engines.calls import normalise
+from plait.engines.inprocess.calls import normalise
 from plait.engines.llamacpp import LlamaCppEngine
 from plait.engines.llamacpp.lookup import WINDOW, Lookup
 from plait.engines.llamacpp.scheduler import _in_line

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tiny_llama
-from plait.engines.calls import normalise
+from plait.engines.inprocess.calls import normalise
 from plait.errors import ContextLengthError
 from plait.types import Context, StopReason
 from random_trees import expand

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from plait.engines.calls import Part, num_common
+from plait.engines.inprocess.calls import Part, num_common
 from plait.types import Merge, context_cells
 
 MIN_SPLIT = 16

@@ -10,14 +10,14 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from plait.engines.calls import Part
-from plait.engines.inprocess import InProcessEngine, Mailbox, check_options, deliver, poster
+from plait.engines.inprocess.calls import Part
+from plait.engines.inprocess.engine import InProcessEngine, Mailbox, check_options, deliver, poster
+from plait.engines.inprocess.sampling import Sampler
+from plait.engines.inprocess.worker import WORKER
 from plait.engines.llamacpp.binding import MAX_SEQS, Decoder, Model, WindowedDecoder
 from plait.engines.llamacpp.cache import Cache
 from plait.engines.llamacpp.pace import Pace
 from plait.engines.llamacpp.scheduler import Call, Scheduler
-from plait.engines.sampling import Sampler
-from plait.engines.worker import WORKER
 from plait.errors import EngineUnavailable, RequestError
 from plait.settings import one_of, within
 from plait.types import SamplingParams, context_positions

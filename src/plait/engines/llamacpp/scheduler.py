@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from plait.engines import calls, scheduler
-from plait.engines.calls import Part
+from plait.engines.inprocess import calls, scheduler
+from plait.engines.inprocess.calls import Part
+from plait.engines.inprocess.sampling import Floats, Sampler
 from plait.engines.llamacpp.binding import Decoder
 from plait.engines.llamacpp.cache import Cache, Node, Seq
 from plait.engines.llamacpp.lookup import Lookup
 from plait.engines.llamacpp.pace import Pace
-from plait.engines.sampling import Floats, Sampler
 from plait.errors import EngineError
 from plait.types import Merge, SamplingParams, StopReason, context_cells
 

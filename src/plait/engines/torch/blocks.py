@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from plait.engines.calls import num_common
+from plait.engines.inprocess.calls import num_common
 
 Cells = npt.NDArray[np.int64]
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import anyio
 
-from plait.engines.calls import Part
-from plait.engines.inprocess import InProcessEngine, Mailbox, check_options, deliver, poster
-from plait.engines.sampling import Sampler
+from plait.engines.inprocess.calls import Part
+from plait.engines.inprocess.engine import InProcessEngine, Mailbox, check_options, deliver, poster
+from plait.engines.inprocess.sampling import Sampler
+from plait.engines.inprocess.worker import WORKER
 from plait.engines.torch.checkpoint import Checkpoint, read_checkpoint
-from plait.engines.worker import WORKER
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError, needs
 from plait.settings import within
 from plait.types import SamplingParams, context_positions

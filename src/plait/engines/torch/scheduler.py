@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from plait.engines import calls, scheduler
-from plait.engines.calls import Part
-from plait.engines.sampling import Sampler
+from plait.engines.inprocess import calls, scheduler
+from plait.engines.inprocess.calls import Part
+from plait.engines.inprocess.sampling import Sampler
 from plait.engines.torch.batch import Piece, assemble, assemble_padded
 from plait.engines.torch.blocks import Cells, Node, Pool
 from plait.engines.torch.model import Decoder

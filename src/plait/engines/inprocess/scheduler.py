@@ -13,7 +13,7 @@ from threading import Event
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
-from plait.engines.calls import Call, Delivery
+from plait.engines.inprocess.calls import Call, Delivery
 from plait.errors import EngineError, EngineUnavailable
 from plait.types import StopReason
 

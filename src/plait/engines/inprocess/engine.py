@@ -20,8 +20,8 @@ import numpy as np
 
 from plait.engines.affinity import stated_affinity
 from plait.engines.base import EngineStats, check_params, no_context
-from plait.engines.calls import Call, Delivery, Part, normalise
-from plait.engines.scheduler import Scheduler
+from plait.engines.inprocess.calls import Call, Delivery, Part, normalise
+from plait.engines.inprocess.scheduler import Scheduler
 from plait.errors import ContextLengthError, EngineError, EngineUnavailable, RequestError
 from plait.settings import within
 from plait.types import Chunk, Context, Merge, SamplingParams, StopReason, context_cells, context_positions

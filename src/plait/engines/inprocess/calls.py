@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
-from plait.engines.sampling import uniforms
+from plait.engines.inprocess.sampling import uniforms
 from plait.errors import EngineError
 from plait.types import Context, Merge, SamplingParams, StopReason, context_cells
 
