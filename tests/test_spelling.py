@@ -26,6 +26,7 @@ from plait.models import gold_model, load_model
 from plait.session import open_run
 from plait.spelling import LogVocabulary, Spelling, describe, readable
 from plait.terminal.reading import Reader, reader_of
+from plait.testing.strategies import Program, programs
 from plait.tokenizer.fast import FastTokenizer
 from plait.tokenizer.text import TextTokenizer
 from plait.tree import Tree
@@ -194,6 +195,21 @@ def test_a_block_is_read_by_its_tags(tokenizers: dict[str, TextTokenizer]) -> No
     tree, reader = read([decode(encode(event)) for event in events])
     said, *_ = reader.parts(tree)
     assert said.text == "Well. "  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@given(program=programs())
+def test_texts_change_nothing_of_a_run(tokenizers: dict[str, TextTokenizer], program: Program) -> None:
+    tokenizer = tokenizers["gguf-bytes"]
+    tree, events, _ = program.run(chunk_size=2)
+    spelling = Spelling(tokenizer)
+    spelled = [decode(encode(spelling.spell(event))) for event in events]
+    assert Tree.from_events(spelled) == tree
+    told = replace(spelled[0], meta={"tokenizer": describe(tokenizer)})  # pyright: ignore[reportCallIssue]
+    again, reader = read([told, *spelled[1:]])
+    assert again.usage() == tree.usage()
+    for s in tree.segments.values():
+        read_ = reader.wire(again.segments[s.id].token_ids)
+        assert read_.replace(BROKEN, "") == tokenizer.decode(s.token_ids).replace(BROKEN, "")
 
 
 # Logs --------------------------------------------------------------------------------------------------------------

@@ -331,6 +331,31 @@ def test_what_a_token_attends_to_is_what_its_context_holds(browser: Any) -> None
     check()
 
 
+def test_a_run_that_says_its_texts_is_read_live_as_its_log_is(browser: Any) -> None:
+    """Also where an id has several texts, one for each place it stands in, and where text looks like a tag."""
+    model = (files("plait.viewer") / "static" / "model.js").read_text()
+    read = """
+    const live = new Run();
+    for (const event of arguments[0]) live.apply(JSON.parse(event));
+    return [live, new Run(arguments[1])].map((run) => [...run.segments.values()].map((s) =>
+      Array.from({ length: s.length }, (_, i) => s.token(i)).map((n) => [run.idOf(n), run.text(n), run.control(n)])));
+    """
+    events: list[Event] = [
+        RunStarted(meta={"format": "sequential", "tokenizer": {"control": {"<e>": 2}, "bos": [], "eos": [2]}}),
+        SegmentStarted(id="0:0", parent=None, forced_ids=(2, 5, 7), texts=("<e>", "Hi ", None)),
+        TokensSampled(id="0:0", token_ids=(8, 7), logprobs=(0.0,) * 2, texts=("\U0001f600", None)),
+        TokensSampled(id="0:0", token_ids=(7, 8, 6, 2), logprobs=(0.0,) * 4, texts=(None, "\U0001f602", "<e>", "<e>")),
+        SegmentEnded(id="0:0", stop=StopReason.EOS),
+        RunEnded(stop=StopReason.EOS),
+    ]
+    browser.get("about:blank")
+    live, log = browser.execute_script(model + read, list(map(encode, events)), describe_run(events))
+    assert live == log
+    texts = ["<e>", "Hi ", "", "\U0001f600", "", "", "\U0001f602", "<e>", "<e>"]
+    ids, control = [2, 5, 7, 8, 7, 7, 8, 6, 2], [True, *[False] * 7, True]
+    assert log == [[list(token) for token in zip(ids, texts, control, strict=True)]]
+
+
 def busy_ms(browser: Any) -> float:
     """CPU time of the page's main thread so far, which does not depend on what else the machine does."""
     metrics = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
