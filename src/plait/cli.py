@@ -401,7 +401,10 @@ Serve models over HTTP, as OpenAI's clients speak it (needs the extra `serve`).
 plait serve                                  the embedded model, on http://127.0.0.1:8000
 plait serve --new-key alice                  print a key, and the entry for --api-key-file
 plait serve --config serve.toml --print-config
+plait serve --engine llamacpp:FILE.gguf --format sequential
+plait serve --model FOLDER --format threadweaver --engine http://localhost:8001
 
+The last two serve a model of your own: a GGUF file, or a transformers folder, here on vLLM.
 Settings come from flags, then PLAIT_* variables, then the file: docs/serving.md lists them.
 SIGTERM lets running requests end; a second one does not.
 """),
@@ -411,6 +414,7 @@ SIGTERM lets running requests end; a second one does not.
 @click.option(
     "--model", "models", multiple=True, metavar="NAME|PATH", help="May be repeated; the first is the default."
 )
+@click.option("--format", "formats", multiple=True, metavar="NAME", help="Of weights that do not say theirs.")
 @_ENGINE
 @_ENGINE_OPTION
 @click.option("--api-key-file", metavar="FILE", help="Entries of --new-key, one a line.")

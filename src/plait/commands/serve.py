@@ -54,10 +54,13 @@ def key(name: str) -> int:
 
 def served(config: ServeConfig) -> list[Served]:
     """The models that a config names; with none named, the embedded one and its sequential twin."""
+    formats = config.formats or (None,)
     if config.models:
-        choices = [choose(name, engine=config.engine) for name in config.models]
+        each = formats if len(formats) > 1 else formats * len(config.models)
+        named = zip(config.models, each, strict=True)
+        choices = [choose(name, engine=config.engine, format=format, plain=True) for name, format in named]
     else:
-        first = choose(None, engine=config.engine)
+        first = choose(None, engine=config.engine, format=formats[0], plain=True)
         # Another server runs one model, and so does an engine whose weights are named.
         named = is_address(first.engine) or ":" in (config.engine or "")
         choices = [first] if named else [first, choose_twin(first)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,11 @@ class Model:
         # One that takes no weights has its own.
         return open_engine(name, **({"path": self.path} if "path" in options_of(name) else {}), **options)
 
-    def request(self, question: str, **settings: Any) -> Request:
+    def request(self, question: str | Sequence[Mapping[str, str]], **settings: Any) -> Request:
         """A question in plain words as a request.
 
         Args:
+            question: Of a plain model also a conversation: messages with `role` and `content`.
             settings: Of the `Request`: budget, temperature, seed and so on. `conditioned` is by default as the weights
                 were trained.
 
@@ -132,7 +133,8 @@ class Model:
             RequestError: No family that this model was trained on has such questions; the message says which have. Or
                 the prompt is to say the budget, which these weights were not trained to read.
         """
-        of_type(str, question, name="the question")
+        if not self.plain:
+            of_type(str, question, name="the question")
         for name in settings:
             one_of(name, [other for other in Request.__slots__ if other != "prompt_ids"], "setting of a request")
         if settings.setdefault("conditioned", self.levels is not None) and self.levels is None and self.script is None:
@@ -140,7 +142,7 @@ class Model:
         if self.plain:
             assert isinstance(self.tokenizer, TextTokenizer)
             return Request(prompt_ids=self.tokenizer.prompt_ids(question), **settings)
-        problem = tasks.parse(question, self.families)
+        problem = tasks.parse(str(question), self.families)
         if self.script is None and self.families and problem.family not in self.families:
             raise RequestError(
                 f"{self.name} was not trained on {problem.family} problems, only on {', '.join(self.families)}"

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from plait.server.answer import Answer, stops_of
-from plait.server.prompt import question_of
+from plait.server.answer import stops_of
+from plait.server.prompt import asked_of
 from plait.server.replies import ChatReply
 from plait.server.reply import Out, Reply, asked, documented
 from plait.server.schemas import ChatRequest
@@ -24,7 +24,7 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions", **documented(ChatReply))
 async def chat_completions(body: ChatRequest, asked: Annotated[Asked, Depends(asked)]) -> Reply:
-    """Answer the last message."""
+    """Answer a conversation."""
     chat = _Chat(body, asked)
     return Reply(asked.service, chat.work, stream=bool(body.stream))
 
@@ -33,17 +33,16 @@ class _Chat:
     def __init__(self, body: ChatRequest, asked: Asked) -> None:
         self.body, self.asked = body, asked
         self.served = asked.service.find(body.model)
-        question, self.unread = question_of(body.messages, "messages")
+        prompt, question, self.unread = asked_of(body.messages, "messages", plain=self.served.model.plain)
         most = [n for n in (body.max_tokens, body.max_completion_tokens) if n is not None]
         self.request = asked.request(
             self.served,
-            question,
+            prompt,
             param="messages",
             body=body,
             max_tokens=min(most, default=None),
         )
         self.trace = asked.trace(self.served, question, body.plait)
-        self.answer = Answer(stops_of(body.stop))
         kind = asked.service.config.reasoning
         self.fields = ("reasoning", "reasoning_content") if kind == "both" else (kind,)
         self.reasons = body.include_reasoning and body.plait.stream != "final"
@@ -55,6 +54,7 @@ class _Chat:
         async with asked.service.job(self.served, self.request, asked=asked, trace=self.trace) as job:
             if out is not None:
                 await self._send(out, {"role": "assistant", "content": ""})
+            self.answer = job.answer(stops_of(self.body.stop))
             transcript, order = Transcript(job.served.model.tokenizer, job.served.format), Ordered()
             mixed = out is not None and self.body.plait.stream == "interleaved"
             async for event in job:

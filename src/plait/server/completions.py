@@ -1,6 +1,7 @@
 """`POST /v1/completions`: the whole finished text, reasoning and answer as the model wrote them, tags included.
 
-A prompt in words is a question; one of ids is taken as it is. Many prompts run side by side, as threads do. With `echo`
+A prompt in words is a question to a model that Plait trained, and to any other a text that it continues; one of ids is
+taken as it is. Many prompts run side by side, as threads do. With `echo`
 a prompt, in words too, is a text to be scored, and nothing is run: so evaluations ask for log-likelihoods.
 """
 
@@ -26,6 +27,7 @@ from plait.server.schemas import CompletionRequest
 from plait.server.service import Asked, Served, checked_ids
 from plait.server.transcript import ROOT, Cut, Ordered, Transcript
 from plait.tokenizer import Vocabulary
+from plait.tokenizer.text import TextTokenizer
 from plait.types import SamplingParams
 
 router = APIRouter()
@@ -81,7 +83,9 @@ class _Completions(_Prompts):
     def __init__(self, body: CompletionRequest, asked: Asked) -> None:
         super().__init__(body, asked)
         self.requests = [
-            asked.request(self.served, prompt, param="prompt", body=body, max_tokens=body.max_tokens)
+            asked.request(
+                self.served, _prompt_of(prompt, self.served), param="prompt", body=body, max_tokens=body.max_tokens
+            )
             for prompt in self.prompts
         ]
 
@@ -155,6 +159,22 @@ class _Scores(_Prompts):
             async for chunk in chunks:
                 return chunk.token_ids[0], chunk.logprobs[0]
         raise EngineError(f"the {engine.name} engine ended a call without a token")
+
+
+def _prompt_of(prompt: str | Sequence[int], served: Served) -> str | tuple[int, ...]:
+    """What a model is to continue."""
+    tokenizer = served.model.tokenizer
+    if not isinstance(prompt, str):
+        return checked_ids(prompt, served, "prompt")
+    if not isinstance(tokenizer, TextTokenizer) or not served.model.plain:
+        return prompt
+    try:
+        ids = tokenizer.text_ids(prompt)
+    except RequestError as exc:
+        raise Refusal(str(exc), code="unwritable_prompt", param="prompt") from exc
+    if not ids:
+        raise Refusal("the prompt is empty; there is nothing to continue", param="prompt")
+    return ids
 
 
 def _text_ids(prompt: str | Sequence[int], served: Served) -> tuple[int, ...]:

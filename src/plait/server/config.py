@@ -19,6 +19,7 @@ from plait.types import Budget
 
 PREFIX = "PLAIT_"
 LOGS = ("auto", "json", "plain", "off")
+DEFAULT_TOKENS = 4096
 REASONING = ("both", "reasoning", "reasoning_content")
 
 
@@ -31,6 +32,8 @@ class ServeConfig:
     """0: any that is free."""
     models: tuple[str, ...] = ()
     """Names or paths; the first is the default. Empty: the embedded model and its sequential twin."""
+    formats: tuple[str, ...] = ()
+    """Trajectory formats of weights that do not say theirs: one for all models, or one for each of them."""
     engine: str | None = None
     """Name of the engine for all models; None: each model's own."""
     engine_options: tuple[str, ...] = ()
@@ -53,8 +56,9 @@ class ServeConfig:
     max_requests_per_key: int | None = None
     max_threads_per_request: int = 64
     """Most forked threads that a request may ask for, also of a single fork."""
-    max_tokens: int = 4096
-    """Most sampled tokens that a request may ask for, all its threads together."""
+    max_tokens: int | None = None
+    """Most sampled tokens that a request may ask for, all its threads together. None: 4096 for models that Plait
+    trained; for others as many as their context leaves."""
     request_timeout_s: float = 120.0
     """A run ends with what it has after so long."""
     max_body_bytes: int = 1 << 20
@@ -95,6 +99,10 @@ class ServeConfig:
                 raise RequestError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.port <= 65535:
             raise RequestError(f"port is {self.port}; it must be from 0 to 65535")
+        if len(self.formats) > 1 and len(self.formats) != len(self.models):
+            raise RequestError(
+                f"there are {len(self.formats)} formats and {len(self.models)} models; name one for all or one for each"
+            )
         for name, allowed in (("log", LOGS), ("reasoning", REASONING)):
             one_of(getattr(self, name), allowed, name)
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
@@ -134,13 +142,17 @@ class ServeConfig:
         """Names that the Host header may have."""
         return frozenset({"localhost", "127.0.0.1", "::1", self.host.lower(), *(h.lower() for h in self.allowed_hosts)})
 
-    @property
-    def budget(self) -> Budget:
-        """The most that a request may use."""
+    def budget(self, *, plain: bool) -> Budget:
+        """The most that a request may use.
+
+        Args:
+            plain: Of a model that Plait did not train.
+        """
+        usual = None if plain else DEFAULT_TOKENS
         return Budget(
             max_threads=self.max_threads_per_request,
             max_threads_per_fork=self.max_threads_per_request,
-            max_tokens=self.max_tokens,
+            max_tokens=usual if self.max_tokens is None else self.max_tokens,
             deadline_s=self.request_timeout_s,
         )
 

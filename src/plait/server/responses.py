@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from plait.server.answer import Answer
-from plait.server.prompt import question_of
+from plait.server.prompt import asked_of
 from plait.server.refusal import body_of
 from plait.server.replies import ResponsesReply
 from plait.server.reply import Out, Reply, asked, documented
-from plait.server.schemas import ResponsesRequest
+from plait.server.schemas import InputItem, ResponsesRequest
 from plait.server.service import Asked, Job
 from plait.server.transcript import ROOT, Piece, Transcript
 
@@ -25,7 +24,7 @@ router = APIRouter()
 
 @router.post("/v1/responses", **documented(ResponsesReply))
 async def responses(body: ResponsesRequest, asked: Annotated[Asked, Depends(asked)]) -> Reply:
-    """Answer the last message of the input."""
+    """Answer the input."""
     response = _Response(body, asked)
     return Reply(asked.service, response.work, stream=bool(body.stream), last=None, fail=response.fail)
 
@@ -58,14 +57,12 @@ class _Response:
     def __init__(self, body: ResponsesRequest, asked: Asked) -> None:
         self.body, self.asked = body, asked
         self.served = asked.service.find(body.model)
-        if isinstance(body.input, str):
-            question, self.unread = body.input, 0
-        else:
-            question, self.unread = question_of(body.input, "input")
-        self.unread += body.instructions is not None
+        given = [InputItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+        plain = self.served.model.plain
+        prompt, question, self.unread = asked_of(given, "input", plain=plain, instructions=body.instructions)
         self.request = asked.request(
             self.served,
-            question,
+            prompt,
             param="input",
             body=body,
             max_tokens=body.max_output_tokens,
@@ -74,8 +71,8 @@ class _Response:
         self.id, self.created = f"resp_{asked.request_id}", int(time.time())
         self.items: list[_Item] = []
         self.threads: dict[str, _Item] = {}
+        self.about: dict[str, dict[str, Any]] = {}
         self.message: _Item | None = None
-        self.answer = Answer()
         self.number = 0
 
     async def work(self, out: Out | None) -> dict[str, Any] | None:
@@ -83,6 +80,7 @@ class _Response:
         async with asked.service.job(self.served, self.request, asked=asked, trace=self.trace) as job:
             await self._send(out, "response.created", response=self._data(None))
             await self._send(out, "response.in_progress", response=self._data(None))
+            self.answer = job.answer()
             transcript = Transcript(job.served.model.tokenizer, job.served.format)
             async for event in job:
                 for piece in transcript.read(event):
@@ -98,20 +96,33 @@ class _Response:
 
     async def _piece(self, out: Out | None, piece: Piece) -> None:
         if piece.kind == "open":
-            about = {"thread": piece.thread, "parent": piece.parent, "outline": piece.outline}
-            self.threads[piece.thread] = await self._open(out, "rs", "reasoning", plait=about)
+            self.about[piece.thread] = {"thread": piece.thread, "parent": piece.parent, "outline": piece.outline}
+            # Plait's own models think before they answer; whether another does is seen when it writes.
+            if piece.thread != ROOT or not self.served.model.plain:
+                await self._thinking(out, piece.thread)
         reasoning, answer = self.answer.put(piece)
         if reasoning:
-            await self._add(out, self.threads[piece.thread], reasoning)
+            await self._add(out, await self._thinking(out, piece.thread), reasoning)
         if answer:
+            await self._thought(out, ROOT)
             if self.message is None:
-                await self._done(out, self.threads[ROOT])
                 self.message = await self._open(out, "msg", "message")
             await self._add(out, self.message, answer)
         if piece.kind == "close":
-            await self._done(out, self.threads[piece.thread])
+            await self._thought(out, piece.thread)
             if piece.thread == ROOT and self.message is not None:
                 await self._done(out, self.message)
+
+    async def _thinking(self, out: Out | None, thread: str) -> _Item:
+        """The item of what a thread thinks now."""
+        if thread not in self.threads or self.threads[thread].done:
+            self.threads[thread] = await self._open(out, "rs", "reasoning", plait=self.about[thread])
+        return self.threads[thread]
+
+    async def _thought(self, out: Out | None, thread: str) -> None:
+        """A thread has thought, or never did."""
+        if thread in self.threads:
+            await self._done(out, self.threads[thread])
 
     async def _open(self, out: Out | None, prefix: str, kind: str, **more: Any) -> _Item:
         item = _Item(f"{prefix}_{self.asked.request_id}_{len(self.items)}", len(self.items), kind, **more)

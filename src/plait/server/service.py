@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import secrets
 import time
+from bisect import bisect_right
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +19,19 @@ from plait import tasks
 from plait.engines import is_address
 from plait.engines.affinity import affinity
 from plait.engines.base import Engine
-from plait.errors import EngineUnavailable, RequestError, UnsupportedJoin, nearest
+from plait.errors import EngineUnavailable, ModelError, RequestError, UnsupportedJoin, nearest
 from plait.events import Event, RunEnded, SegmentEnded, TokensSampled
 from plait.formats.base import TrajectoryFormat
 from plait.models import Model
 from plait.server.admission import Admission, Lane, Lease
+from plait.server.answer import Answer, answer_of
 from plait.server.config import ServeConfig
 from plait.server.keys import Client, cache_salt
 from plait.server.metrics import JoinWaits, Metrics
 from plait.server.refusal import Refusal, body_of, without_addresses
 from plait.server.schemas import PlaitOptions, SampledRequest
 from plait.server.traces import Trace, Traces
-from plait.server.transcript import ANSWER, ROOT
+from plait.server.transcript import ROOT, Piece
 from plait.session import Run, open_run
 from plait.spelling import Spelling, describe
 from plait.tree import Tree
@@ -78,6 +80,7 @@ class Served:
             "format": model.format_name,
             "join": model.join,
             "families": list(model.families),
+            "plain": model.plain,
             "max_context": model.max_context,
             "weights": model.num_weights,
             "dtype": model.dtype,
@@ -129,7 +132,7 @@ class Service:
         """
         async with AsyncExitStack() as stack:
             for one in self.served.values():
-                options = {**_engine_options(one.engine_name, self.config), **self.config.options(), **one.options}
+                options = {**_engine_options(one, self.config), **self.config.options(), **one.options}
                 one.engine = await stack.enter_async_context(one.model.open_engine(one.engine_name, **options))
                 if one.model.join == "merge" and not one.engine.supports_merge:
                     raise UnsupportedJoin(
@@ -241,7 +244,7 @@ async def _opened_job(
             served, lane = twin, asked.service.lane_on(twin, lease)
             said["answered_by"] = twin.name
     meta = {"model": served.model.id} if trace is None else _meta(served, request, trace)
-    job = Job(asked, served, lease, trace, said=said)
+    job = Job(asked, served, lease, trace, request=request, said=said)
     failure: BaseException | None = None
     try:
         async with open_run(request, engine=lane, format=served.format, meta=meta) as job.run:
@@ -261,9 +264,16 @@ class Job:
     """Who answers: the model that was asked, or its twin where forks were declined."""
 
     def __init__(
-        self, asked: Asked, served: Served, lease: Lease, trace: Trace | None, *, said: dict[str, Any]
+        self,
+        asked: Asked,
+        served: Served,
+        lease: Lease,
+        trace: Trace | None,
+        *,
+        request: Request,
+        said: dict[str, Any],
     ) -> None:
-        self.served = served
+        self.served, self._request = served, request
         self._asked, self._service, self._lease, self._trace = asked, asked.service, lease, trace
         self._events: list[Event] | None = None if asked.service.spans is None else []
         self._epoch = time.time()
@@ -316,7 +326,8 @@ class Job:
             self._trace.end([("error", body_of(Refusal("the run was left", status=499, code="cancelled")))])
         else:
             about = {**self.usage(), **asdict(self.tree.usage()), "stop": str(self.tree.stop)}
-            answer = self.served.model.answer(self.tree)
+            model = self.served.model
+            answer = (self._answered().strip() or None) if model.plain else model.answer(self.tree)
             self._trace.end([("usage", {**about, "answer": answer, "wall_s": round(self.wall_s, 6)}), ("end", {})])
 
     def tokens(self) -> dict[str, Any]:
@@ -361,18 +372,27 @@ class Job:
         """OpenAI's finish reason."""
         return FINISH.get(self.tree.stop or StopReason.STOP, "stop")
 
+    def answer(self, stops: Sequence[str] = ()) -> Answer:
+        """What tells its answer from its reasoning."""
+        return answer_of(self.served.model, self.served.format, self._request.prompt_ids, stops)
+
     def answer_tokens(self) -> int:
-        """Sampled tokens after the mark that the answer follows; the others are reasoning."""
+        """Sampled tokens of the answer, which is the end of the text; the others are reasoning."""
         decode = self.served.model.tokenizer.decode
         ids = [id for s in self.tree.segments.values() if s.thread == ROOT for id in s.sampled_ids]
-        left, count = len(decode(ids).partition(ANSWER)[2]), 0
-        # From the end: an answer is short, and a request waits for this.
-        for id in reversed(ids):
-            left -= len(decode((id,)))
-            if left < 0:
-                break
-            count += 1
-        return count
+        left = len(self._answered())
+        # Together, for a character may have several tokens.
+        return bisect_right(range(len(ids)), left, key=lambda n: len(decode(ids[len(ids) - n - 1 :])))
+
+    def _answered(self) -> str:
+        """What the root thread sampled of the answer."""
+        answer, decode = self.answer(), self.served.model.tokenizer.decode
+        said: list[str] = []
+        for segment in self.tree.segments.values():
+            if segment.thread == ROOT:
+                said.append(answer.put(Piece(thread=ROOT, kind="join"))[1])
+                said.append(answer.put(Piece(thread=ROOT, kind="text", text=decode(segment.sampled_ids)))[1])
+        return "".join([*said, answer.put(Piece(thread=ROOT, kind="close"))[1]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,7 +410,7 @@ class Asked:
     def request(
         self,
         served: Served,
-        question: str | Sequence[int],
+        question: str | list[dict[str, str]] | tuple[int, ...],
         *,
         param: str,
         body: SampledRequest,
@@ -399,13 +419,13 @@ class Asked:
         """A question as a request within the server's limits.
 
         Args:
-            question: In words; or ids, which are taken as they are.
+            question: In words; of a plain model also a conversation; or ids, which are taken as they are.
             param: The field that it came from.
             body: What was said of sampling, and of the run.
             max_tokens: Of the run, in the words of its route.
 
         Raises:
-            Refusal: 400, the model does not know such questions, or was trained in another format.
+            Refusal: 400, the model does not know such questions, cannot write them as a prompt, or has another format.
         """
         model, options = served.model, body.plait
         if options.format not in (None, model.format_name):
@@ -415,7 +435,7 @@ class Asked:
                 param="plait.format",
             )
         settings: dict[str, Any] = {
-            "budget": options.within(self.service.config.budget, max_tokens=max_tokens),
+            "budget": options.within(self.service.config.budget(plain=model.plain), max_tokens=max_tokens),
             "temperature": self.service.config.temperature if body.temperature is None else body.temperature,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "top_k": max(0, body.top_k or 0),
@@ -427,12 +447,16 @@ class Asked:
             if options.conditioned and model.levels is None:
                 raise Refusal(f"{model.name} was not trained to read a budget in its prompt", param="plait.conditioned")
             settings["conditioned"] = options.conditioned
-        if not isinstance(question, str):
-            return Request(prompt_ids=checked_ids(question, served, param), **settings)
+        if isinstance(question, tuple):
+            return Request(prompt_ids=question, **settings)
         try:
             return model.request(question, **settings)
         except RequestError as exc:
-            raise Refusal(str(exc), code="unknown_question", param=param) from exc
+            code = "unwritable_prompt" if model.plain else "unknown_question"
+            raise Refusal(str(exc), code=code, param=param) from exc
+        except ModelError as exc:
+            # A template that cannot write this conversation; it says why, and not where it lies.
+            raise Refusal(str(exc).replace(str(model.path), model.name), code="unwritable_prompt", param=param) from exc
 
     def trace(self, served: Served, question: str, options: PlaitOptions) -> Trace | None:
         """Where the run's events go, if it was asked for."""
@@ -460,11 +484,13 @@ def checked_ids(ids: Sequence[int], served: Served, param: str) -> tuple[int, ..
 def _meta(served: Served, request: Request, trace: Trace) -> dict[str, Any]:
     """What a trace's first line says: what the logs of `plait solve` say."""
     model = served.model
-    try:
-        problem = tasks.parse(trace.question, model.families)
-        asked = {"question": problem.question, "family": problem.family, "prompt": problem.prompt}
-    except RequestError:
-        asked = {"question": trace.question}
+    asked = {"question": trace.question}
+    if model.plain:
+        asked |= {"family": "text", "prompt": trace.question}
+    else:
+        with suppress(RequestError):
+            problem = tasks.parse(trace.question, model.families)
+            asked = {"question": problem.question, "family": problem.family, "prompt": problem.prompt}
     return {
         **asked,
         "model": model.id,
@@ -481,10 +507,12 @@ def _spans(config: ServeConfig, metrics: Metrics) -> Spans | None:
     return Spans(config.otlp_endpoint, metrics)
 
 
-def _engine_options(engine: str, config: ServeConfig) -> dict[str, Any]:
+def _engine_options(served: Served, config: ServeConfig) -> dict[str, Any]:
     """Room for as many threads as may sample at once."""
-    if engine != "llamacpp":
+    if served.engine_name != "llamacpp":
         return {}
     # Each request also holds the context that its threads come from.
     threads = config.max_threads or DEFAULT_THREADS
-    return {"max_seqs": min(256, 2 * threads), "cells": max(4096, 256 * threads)}
+    room = {"max_seqs": min(256, 2 * threads)}
+    # What a thread of Plait's own models needs is known; of others the engine takes the context they were made for.
+    return room if served.model.plain else room | {"cells": max(4096, 256 * threads)}

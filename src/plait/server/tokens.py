@@ -15,6 +15,7 @@ from plait.server.refusal import Refusal
 from plait.server.reply import asked
 from plait.server.schemas import DetokenizeRequest, TokenizeRequest
 from plait.server.service import Asked
+from plait.tokenizer.text import TextTokenizer
 
 router = APIRouter()
 
@@ -45,12 +46,13 @@ async def detokenize(body: DetokenizeRequest, asked: Annotated[Asked, Depends(as
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(asked: Annotated[Asked, Depends(asked)], model: str | None = None) -> dict[str, Any]:
-    """Its special tokens. There is no chat template: the server writes the prompt."""
-    tokenizer = asked.service.find(model).model.tokenizer
+    """Its special tokens, and the chat template of a model that has one; prompts of others Plait writes itself."""
+    served = asked.service.find(model).model
+    tokenizer = served.tokenizer
     return {
         "tokenizer_class": type(tokenizer).__name__,
         "vocab_size": len(tokenizer.tokens),
         "bos_token": tokenizer.decode(tokenizer.bos_ids),
         "eos_token": tokenizer.decode(tokenizer.eos_ids[:1]),
-        "chat_template": None,
+        "chat_template": tokenizer.template if isinstance(tokenizer, TextTokenizer) and served.plain else None,
     }

@@ -71,6 +71,19 @@ class TextTokenizer:
     def control_id(self, text: str) -> int | None:
         return self._control.get(text)
 
+    @property
+    def template(self) -> str | None:
+        """How a prompt is written, in Jinja; None: as plain text."""
+        return self._template
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """A prompt that is a text to go on with, as it stands: opened as the tokenizer opens one, without a template.
+
+        Raises:
+            RequestError: The vocabulary cannot write it.
+        """
+        return (*self.bos_ids, *self._ids(self._pieces(text), opens=True))
+
     def is_control(self, id: int) -> bool:
         return id in self._control_ids
 
@@ -103,7 +116,7 @@ class TextTokenizer:
         if self._template is None:
             if not isinstance(messages, str):
                 raise RequestError("the prompt is a list of messages, and this tokenizer has no chat template")
-            return (*self.bos_ids, *self._ids(self._pieces(messages), opens=True))
+            return self.text_ids(messages)
         given = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(map(dict, messages))
         if not given:
             raise RequestError("the prompt is a list of no messages")

@@ -71,19 +71,19 @@ class AskView {
       class: 'question', type: 'text', placeholder: 'Type a question, watch it split', 'aria-label': 'Question',
       autocomplete: 'off', spellcheck: 'false', maxlength: 4000,
     });
-    this.model = el('select', { 'aria-label': 'Model', onchange: () => this._twin() });
+    this.model = el('select', { 'aria-label': 'Model', onchange: () => this._chosen() });
     this.race = el('input', { type: 'checkbox', id: 'race' });
     this.go = el('button', { class: 'go', type: 'submit' }, 'Ask');
     this.stop = el('button', { class: 'go quiet', type: 'button', hidden: true, onclick: () => this.abort.abort() }, 'Stop');
     this.error = el('p', { class: 'error', role: 'alert', hidden: true });
     this.raceLabel = el('label', { for: 'race', class: 'check' }, this.race, 'race its sequential twin');
+    this.examples = el('span', { class: 'examples' }, EXAMPLES.map((q) => button('chip', q, 'Ask this', () => { this.box.value = q; this.run(); })));
     this.under = el('div', { class: 'under' });
     this.node = el('div', { class: 'ask idle' },
       el('header', { class: 'hero' }, splitting(), el('h1', {}, 'Watch a model think in parallel'),
         el('p', { class: 'sentence' }, ABOUT)),
       el('form', { onsubmit: (e) => { e.preventDefault(); this.run(); } }, this.box, this.model, this.go, this.stop),
-      el('div', { class: 'tools' }, this.raceLabel,
-        el('span', { class: 'examples' }, EXAMPLES.map((q) => button('chip', q, 'Ask this', () => { this.box.value = q; this.run(); })))),
+      el('div', { class: 'tools' }, this.raceLabel, this.examples),
       this.error, this.under);
     this._models();
     this._recent();
@@ -109,16 +109,22 @@ class AskView {
     const usual = (m) => Boolean(m.plait && m.plait.default);
     this.model.replaceChildren(...this.models.map((m) => el('option', { value: m.id, selected: usual(m) }, m.id)));
     this.model.hidden = this.models.length < 2;
-    this._twin();
+    this._chosen();
   }
 
+  // What the server says of the model that is asked.
+  about() { return (this.models.find((m) => m.id === this.model.value) || {}).plait || {}; }
+
   twin() {
-    const model = this.models.find((m) => m.id === this.model.value);
-    const twin = model && model.plait && model.plait.twin;
+    const { twin } = this.about();
     return twin && this.models.some((m) => m.id === twin) ? twin : null;
   }
 
-  _twin() { this.raceLabel.hidden = !this.twin(); }
+  _chosen() {
+    this.raceLabel.hidden = !this.twin();
+    // The examples are what Plait's own models know.
+    this.examples.hidden = Boolean(this.about().plain);
+  }
 
   async run() {
     const question = this.box.value.trim();
