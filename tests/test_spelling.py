@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 pytest.importorskip("gguf", reason="writes its own weights: needs the train extra")
 pytest.importorskip("tokenizers", reason="needs the torch extra")
 
+from tokenizers import Tokenizer, decoders, models
+
 import tiny_tokenizers
 import tiny_vocabulary
 from plait.engines.llamacpp.vocabulary import GgufTokenizer
@@ -139,6 +141,22 @@ def test_a_character_that_nobody_finished_is_marked(tokenizers: dict[str, TextTo
     assert re.sub(f"{BROKEN}+", BROKEN, reader.text(tree.segments["0:0"].sampled_ids)) == f"is{BROKEN}the"
 
 
+def test_a_token_is_spelled_by_what_is_before_it() -> None:
+    vocabulary = {text: id for id, text in enumerate(["[UNK]", "[SEP]", "the", "sky", "##s", "."])}
+    inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    inner.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    inner.add_special_tokens(["[SEP]"])
+    tokenizer = FastTokenizer(inner, named={"eos_token": "[SEP]"}, eos_ids=(), template=None, name="words")
+    assert texts_of(run_of(tokenizer, (), (2, 3, 4, 2, 5), chunk=1)) == ["the", " sky", "s", " the", "."]
+
+
+def test_bytes_that_become_no_character_are_not_held_for_ever(tokenizers: dict[str, TextTokenizer]) -> None:
+    tokenizer = tokenizers["gguf-pieces"]
+    byte = tokenizer.tokens.index("<0xFF>")
+    texts = texts_of(run_of(tokenizer, (), [byte] * 30, chunk=1))
+    assert texts == [*[None] * 7, BROKEN * 8] * 3 + [None] * 6
+
+
 # What texts mean ---------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +250,10 @@ def test_texts_that_are_not_those_of_the_ids_are_refused(texts: str) -> None:
         decode(f'{{"event":"TokensSampled","id":"0:0","token_ids":[1,2],"logprobs":[0,0],"texts":{texts}}}')
 
 
-@pytest.mark.parametrize("about", [None, 3, [], {"control": 3}, {"control": {"a": "b"}}, {"control": {}, "bos": 1}])
+@pytest.mark.parametrize(
+    "about",
+    [None, 3, [], {"control": 3}, {"control": {"a": "b"}}, {"control": {"a": float("inf")}}, {"control": {}, "bos": 1}],
+)
 def test_a_meta_that_says_nothing_of_use_leaves_the_texts(about: Any) -> None:
     events: list[Event] = [
         RunStarted(meta={"tokenizer": about}),

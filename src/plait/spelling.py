@@ -159,7 +159,7 @@ class _Numbers:
         try:
             self.control = {int(id): str(text) for text, id in about["control"].items()}
             self._bos, self._eos = tuple(map(int, about["bos"])), tuple(map(int, about["eos"]))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             self.control, self._bos, self._eos = {}, (), ()
         self._texts = dict(self.control)
         self._others: dict[tuple[int, str], int] = {}
