@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,19 @@ def alphabet() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
-def tokens_of_bytes() -> list[str]:
+USERS_TOKENS = ("<think>", "</think>", "<Parallel>")
+
+
+def tokens_of_bytes(users: Sequence[str] = USERS_TOKENS) -> list[str]:
     """Bytes, what merges make of them, tokens for control, tokens that users added."""
     merged = [merge.replace(" ", "") for merge in MERGES]
-    return [*alphabet(), *merged, "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<Parallel>"]
+    return [*alphabet(), *merged, "<|endoftext|>", "<|im_start|>", "<|im_end|>", *users]
 
 
-def write_bytes(path: Path, *, template: str | None = CHATML) -> Path:
+def write_bytes(path: Path, *, template: str | None = CHATML, users: Sequence[str] = USERS_TOKENS) -> Path:
     """Byte-level BPE, like Qwen's or Llama 3's."""
-    tokens = tokens_of_bytes()
-    kinds = [NORMAL] * (len(tokens) - 6) + [CONTROL] * 3 + [USERS] * 3
+    tokens = tokens_of_bytes(users)
+    kinds = [NORMAL] * (len(tokens) - 3 - len(users)) + [CONTROL] * 3 + [USERS] * len(users)
     with _writer(path, len(tokens)) as writer:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")

@@ -84,6 +84,7 @@ class PlainAnswer(Answer):
         super().__init__(stops)
         self._tags = [tag for tag in tags if tag not in (THINK, UNTHINK)]
         self._ends = {tag: f"</{tag[1:]}" for tag in opens or () if tag[:1] == "<" and tag[:2] != "</"}
+        self._closed = False
         self._enter("thought" if thinks else "start")
 
     def _enter(self, where: str, marks: Sequence[str] | None = None) -> None:
@@ -95,9 +96,8 @@ class PlainAnswer(Answer):
     def _split(self, piece: Piece) -> tuple[str, str]:
         reasoning, answer = "", ""
         text, ends = piece.text, piece.kind == "close"
-        if piece.kind == "join" and self._where == "block":
-            # A block whose tag nothing closes is over when its threads are.
-            reasoning = self._next.rest()
+        if piece.kind == "join" and self._where == "block" and not self._closed:
+            # Nothing closes such a block: it is over when its threads are.
             self._enter("answer")
         if self._where == "start":
             text = self._held + text
@@ -124,8 +124,9 @@ class PlainAnswer(Answer):
                 return reasoning, answer
             if where == "answer" and mark in self._ends:
                 reasoning += mark
-                closer = self._ends[mark]
-                self._enter("block", [closer] if closer in self._tags else [])
+                closers = [tag for tag in self._tags if tag == self._ends[mark]]
+                self._closed = bool(closers)
+                self._enter("block", closers)
             else:
                 reasoning += mark if where == "block" else ""
                 self._enter("answer")

@@ -104,8 +104,8 @@ class _Response:
         if reasoning:
             await self._add(out, await self._thinking(out, piece.thread), reasoning)
         if answer:
-            await self._thought(out, ROOT)
             if self.message is None:
+                await self._thought(out, ROOT)
                 self.message = await self._open(out, "msg", "message")
             await self._add(out, self.message, answer)
         if piece.kind == "close":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -327,7 +327,11 @@ class Job:
         else:
             about = {**self.usage(), **asdict(self.tree.usage()), "stop": str(self.tree.stop)}
             model = self.served.model
-            answer = (self._answered().strip() or None) if model.plain else model.answer(self.tree)
+            answer = (
+                (self._answered(without=self.served.format.eos_ids()).strip() or None)
+                if model.plain
+                else model.answer(self.tree)
+            )
             self._trace.end([("usage", {**about, "answer": answer, "wall_s": round(self.wall_s, 6)}), ("end", {})])
 
     def tokens(self) -> dict[str, Any]:
@@ -384,14 +388,15 @@ class Job:
         # Together, for a character may have several tokens.
         return bisect_right(range(len(ids)), left, key=lambda n: len(decode(ids[len(ids) - n - 1 :])))
 
-    def _answered(self) -> str:
-        """What the root thread sampled of the answer."""
+    def _answered(self, *, without: Collection[int] = ()) -> str:
+        """What the root thread sampled of the answer, but for some ids."""
         answer, decode = self.answer(), self.served.model.tokenizer.decode
         said: list[str] = []
         for segment in self.tree.segments.values():
             if segment.thread == ROOT:
                 said.append(answer.put(Piece(thread=ROOT, kind="join"))[1])
-                said.append(answer.put(Piece(thread=ROOT, kind="text", text=decode(segment.sampled_ids)))[1])
+                text = decode([id for id in segment.sampled_ids if id not in without])
+                said.append(answer.put(Piece(thread=ROOT, kind="text", text=text))[1])
         return "".join([*said, answer.put(Piece(thread=ROOT, kind="close"))[1]])
 
 
