@@ -326,12 +326,9 @@ class Job:
             self._trace.end([("error", body_of(Refusal("the run was left", status=499, code="cancelled")))])
         else:
             about = {**self.usage(), **asdict(self.tree.usage()), "stop": str(self.tree.stop)}
-            model = self.served.model
-            answer = (
-                (self._answered(without=self.served.format.eos_ids()).strip() or None)
-                if model.plain
-                else model.answer(self.tree)
-            )
+            answer = self.served.model.answer(self.tree)
+            if self.served.model.plain:
+                answer = self._answered(without=self.served.format.eos_ids()).strip() or None
             self._trace.end([("usage", {**about, "answer": answer, "wall_s": round(self.wall_s, 6)}), ("end", {})])
 
     def tokens(self) -> dict[str, Any]:
