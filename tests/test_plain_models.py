@@ -18,6 +18,7 @@ pytest.importorskip("fastapi", reason="needs the serve extra")
 pytest.importorskip("openai", reason="asks as OpenAI's client does")
 
 import tiny_vocabulary
+from fake_servers import FakeVllm
 from plait.cli import main
 from plait.commands.serve import served
 from plait.errors import RequestError
@@ -28,6 +29,7 @@ from plait.server.answer import PlainAnswer, answer_of
 from plait.server.transcript import Piece
 from plait.tokenizer.text import TextTokenizer
 from plait.types import Context, Merge
+from test_doctor import running
 from test_server import Running, frames, serving
 
 TAGS = ThreadWeaver.tags()
@@ -172,6 +174,19 @@ def test_a_run_that_forks_is_the_same_whole_and_as_a_stream(
     assert "".join((delta.model_extra or {}).get("reasoning", "") for delta in deltas) == reasoning
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == usage.completion_tokens
+
+
+def test_the_weights_may_be_on_another_server(models: dict[str, Model]) -> None:
+    model = models["forks"]
+    assert isinstance(model.tokenizer, TextTokenizer)
+    script = script_of(model.tokenizer, "<think>", "</think>The sky.")
+    vllm = FakeVllm(vocab_size=len(model.tokenizer.tokens), script=script)
+    body = {"messages": [{"role": "user", "content": QUESTION}]}
+    with running(vllm) as url, serving(Served(model=model, engine_name=url)) as front:
+        reply = front.post("/v1/chat/completions", body).json()
+    assert reply["choices"][0]["message"]["content"] == "The sky."
+    assert reply["choices"][0]["message"]["reasoning"] == f"{BLOCK}{THREADS}</Parallel>"
+    assert reply["usage"]["plait"]["threads"] == 2
 
 
 def test_the_tokens_of_a_thought_are_counted(server: Running, models: dict[str, Model]) -> None:
