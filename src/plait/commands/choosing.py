@@ -68,7 +68,7 @@ def choose(
     if found.plain and not plain:
         raise RequestError(
             f"{found.path} was not trained by Plait (its config.json has no plait entry), so questions in its notation"
-            " mean nothing to it; `plait solve` asks in plain words"
+            " mean nothing to it; `plait solve` and `plait serve` ask it in plain words"
         )
     return Choice(found, engine or found.engine, options or {})
 
