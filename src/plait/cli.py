@@ -414,7 +414,9 @@ SIGTERM lets running requests end; a second one does not.
 @click.option(
     "--model", "models", multiple=True, metavar="NAME|PATH", help="May be repeated; the first is the default."
 )
-@click.option("--format", "formats", multiple=True, metavar="NAME", help="Of weights that do not say theirs; one, or one each.")
+@click.option(
+    "--format", "formats", multiple=True, metavar="NAME", help="Of weights that do not say theirs; one, or one each."
+)
 @_ENGINE
 @_ENGINE_OPTION
 @click.option("--api-key-file", metavar="FILE", help="Entries of --new-key, one a line.")
