@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,7 +57,15 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextTokeni
         "gguf-pieces": GgufTokenizer(tiny_vocabulary.write_pieces(folder / "pieces.gguf")),
     }
     for kind in FAST:
-        tiny_tokenizers.write(folder / kind, kind)
+        (folder / kind).mkdir()
+        tiny_tokenizers.tokenizer(kind).save(str(folder / kind / "tokenizer.json"))
+        llama = kind.startswith("llama")
+        settings = {
+            "bos_token": "<s>" if llama else None,
+            "eos_token": "</s>" if llama else "<|im_end|>",
+            "chat_template": tiny_tokenizers.LLAMA if llama else tiny_tokenizers.QWEN,
+        }
+        (folder / kind / "tokenizer_config.json").write_text(json.dumps(settings))
         made[kind] = FastTokenizer.of_folder(folder / kind)
     return made
 
