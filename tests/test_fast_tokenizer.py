@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jinja2", reason="needs the torch extra")
 pytest.importorskip("tokenizers", reason="needs the torch extra")
 pytest.importorskip("transformers", reason="compares with transformers")
 

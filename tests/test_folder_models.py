@@ -158,7 +158,6 @@ def test_a_general_model_is_asked_in_plain_words(kind: str, tmp_path: Path, caps
 
 
 def test_a_chat_template_is_filled_in_and_never_takes_orders_from_the_question(tmp_path: Path) -> None:
-    pytest.importorskip("jinja2", reason="comes with torch")
     tokenizer = FastTokenizer.of_folder(general(tmp_path / "chat"))
     start, end, think = (tokenizer.control_id(t) for t in ("<|im_start|>", "<|im_end|>", "<think>"))
     assert tokenizer.bos_ids == (), "its tokenizer puts none there; its template does"
@@ -188,7 +187,6 @@ def test_without_a_template_the_prompt_is_the_question_after_what_opens_texts(tm
     ],
 )
 def test_a_template_that_cannot_be_used_is_a_model_error(template: str, message: str, tmp_path: Path) -> None:
-    pytest.importorskip("jinja2", reason="comes with torch")
     tokenizer = FastTokenizer.of_folder(general(tmp_path / "chat", template=template))
     with pytest.raises(ModelError, match=message):
         tokenizer.prompt_ids("why?")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from plait.errors import EngineUnavailable, ModelError, RequestError
+from plait.errors import ModelError, RequestError
 
 
 class TextTokenizer:
@@ -144,10 +144,8 @@ class TextTokenizer:
         return _joined([*pieces, *self._pieces(shell, special=True)])
 
     def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
-        try:
-            from plait.tokenizer.chat import render
-        except ImportError as exc:
-            raise EngineUnavailable("filling in a chat template needs jinja2: pip install jinja2") from exc
+        from plait.tokenizer.chat import render  # brings in jinja2, which most runs do without
+
         try:
             return render(self._template or "", messages, self._named)
         except Exception as exc:  # a template is a program, and may fail in any way
