@@ -520,6 +520,26 @@ def test_where_others_fill_the_cores_the_first_seconds_are_for_one_thread() -> N
     assert machine.pace.best(30) == 2
 
 
+async def test_what_was_given_is_computed_with_the_threads_that_were_fastest_too(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    set_threads = Decoder.set_threads
+
+    def noting(self: Decoder, rows: int, threads: int) -> None:
+        asked.append((rows, threads))
+        set_threads(self, rows, threads)
+
+    monkeypatch.setattr(Decoder, "set_threads", noting)
+    engine = exact(gguf)
+    engine._pace = Pace(one=1, several=(2, 1))
+    engine._pace.record(4, 2, 1.0)
+    engine._pace.record(4, 1, 0.1)
+    async with engine:
+        await call(engine, (PROMPT,), max_tokens=1)
+    assert [threads for rows, threads in asked if rows == len(PROMPT)] == [1]
+
+
 def test_nothing_else_is_tried_where_rows_cost_little() -> None:
     pace = Pace.of(None, model_bytes=10**6, cores=2)
     assert pace.choose(1) == 1
